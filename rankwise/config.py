@@ -1,0 +1,261 @@
+"""The study as frozen models, its canonical JSON, and the faults that lie between its fields.
+
+One model is at once the configuration, its documentation (`rankwise study schema`) and its units.
+Cross-checks that need more than one field return `Fault`s, so that all of them are shown at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from rankwise.errors import did_you_mean
+
+NUMERICS = 1
+"""Raised by hand when results may change; part of every run's name (see tests/test_golden.py)."""
+
+SCREENING_BELOW = 6
+"""With fewer reporting seeds than this a study screens: it states numbers and no verdict."""
+
+
+class Frozen(BaseModel):
+    """Immutable, and strict about unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def _share(value: Any) -> Any:
+    """Read "5%" as 0.05; leave anything else to pydantic."""
+    if isinstance(value, str) and value.strip().endswith("%"):
+        try:
+            return float(value.strip()[:-1]) / 100
+        except ValueError:
+            return value
+    return value
+
+
+Share = Annotated[float, BeforeValidator(_share)]
+Count = Annotated[int, Field(ge=1)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Targets = str | tuple[str, ...]
+
+
+class ScaleRule(Frozen):
+    """How a module's LoRA scale follows its rank r: the update is `scaling(r) * B @ A`.
+
+    `constant` (value s): every module is scaled by s, so alpha = s*r.
+    `alpha` (value alpha): scale alpha/r, PEFT's default rule.
+    `rslora` (value alpha): scale alpha/sqrt(r) (rsLoRA, arXiv 2312.03732), written as a plain
+    alpha of alpha*sqrt(r), because `use_rslora` together with patterns blocks some conversions.
+    """
+
+    rule: Literal["constant", "rslora", "alpha"] = "constant"
+    value: float = Field(default=2.0, gt=0, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _named_value(self) -> ScaleRule:
+        if self.rule != "constant" and "value" not in self.model_fields_set:
+            raise ValueError(f"the rule {self.rule} needs its alpha as value, such as 16 or 32")
+        return self
+
+    def scaling(self, rank: int) -> float:
+        """Return the factor in front of B @ A for a module of this rank (>= 1)."""
+        return {
+            "constant": self.value,
+            "rslora": self.value / math.sqrt(rank),
+            "alpha": self.value / rank,
+        }[self.rule]
+
+    def alpha(self, rank: int) -> float:
+        """Return the `lora_alpha` that makes PEFT's alpha/r equal `scaling(rank)`."""
+        return {
+            "constant": self.value * rank,
+            "rslora": self.value * math.sqrt(rank),
+            "alpha": self.value,
+        }[self.rule]
+
+    def __str__(self) -> str:
+        return f"{self.rule} {self.value:g}"
+
+
+class DataConfig(Frozen):
+    """Where the rows come from and how many go where. Counts are rows after deduplication."""
+
+    source: str = Field(description="hf:, pypi: or file: source of JSON, JSONL, Parquet or text rows")
+    train: Count = Field(description="training rows, redrawn from the pool by each seed")
+    validation: Count = Field(default=64, description="rows on which learning rates are chosen")
+    test: Count = Field(
+        default=400, description="rows that reporting runs are scored on, common to all seeds"
+    )
+    reserved: int = Field(default=250, ge=0, description="rows that only a confirmatory study opens, once")
+    max_length: Annotated[int, Field(ge=8)] = Field(
+        default=256, description="tokens per example; responses are cut"
+    )
+    prompt: Literal["auto", "chat", "human"] = Field(
+        default="auto", description="chat: the tokenizer's template; human: Human/Assistant text"
+    )
+
+
+class TrainConfig(Frozen):
+    """How every arm is trained. Nothing here differs between arms except the tuned learning rate."""
+
+    epochs: Count = Field(default=1, description="passes over the training rows")
+    step_tokens: Count | None = Field(
+        default=None, description="tokens per optimizer step (rows are added while they fit)"
+    )
+    step_examples: Count | None = Field(
+        default=None, description="rows per optimizer step, instead of step_tokens"
+    )
+    micro_tokens: Count = Field(
+        default=1024, description="padded tokens computed at once; changes memory only"
+    )
+    max_steps: Count | None = Field(default=None, description="stop after this many optimizer steps")
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: Annotated[Share, Field(ge=0, lt=1)] = Field(default=0.1, description="share of steps")
+    learning_rates: Annotated[tuple[Rate, ...], Field(min_length=1)] = Field(
+        description="one rate: used as declared, not tuned. Several: the grid on which each arm is tuned"
+    )
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip: Annotated[float, Field(gt=0)] | None = Field(
+        default=1.0, description="gradient norm limit; null for none"
+    )
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.0, description="on the adapters' inputs")
+    dtype: Literal["auto", "fp32", "bf16"] = Field(
+        default="auto", description="of the frozen weights; auto is bf16 where the processor has it"
+    )
+    gradient_checkpointing: bool = False
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: Count | None = Field(default=None, description="CPU threads; null takes what PyTorch finds")
+
+
+class SeedsConfig(Frozen):
+    """How many seeds choose the learning rate, and how many are reported. They never overlap."""
+
+    tuning: int = Field(default=2, ge=0)
+    reporting: Count = 8
+
+
+class ArmConfig(Frozen):
+    """One strategy with its budget, scale rule and learning-rate policy."""
+
+    strategy: str
+    budget: str | int | None = Field(
+        default=None, description='trainable parameters: "r=8", "1.2M", "0.5%", 300000'
+    )
+    match: Literal["budget", "none"] = Field(
+        default="budget", description="none keeps a formula's own ranks (outside the equal-budget comparison)"
+    )
+    targets: Targets | None = Field(default=None, description="overrides the study's targets for this arm")
+    scale: ScaleRule | None = Field(default=None, description="overrides the study's scale rule")
+    learning_rate: Rate | None = Field(default=None, description="fixes this arm's rate instead of tuning it")
+    base: int | None = Field(default=None, description="the formulas' base rank")
+    min: int | None = Field(default=None, description="the formulas' lowest rank")
+    max: int | None = Field(default=None, description="the formulas' highest rank")
+    of: str | None = Field(default=None, description="reversed: the strategy whose layers are mirrored")
+    ranks: dict[str, int] | list[int] | str | None = Field(
+        default=None, description="custom: ranks per layer, module or kind, or a JSON file that holds them"
+    )
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The strategy's own options, those that were given."""
+        names = ("base", "min", "max", "of", "ranks")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+
+class StudyConfig(Frozen):
+    """Arms x seeds on one model and one data set."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    model: str = Field(description="hf:, pypi: or file: source of a causal language model")
+    data: DataConfig
+    targets: Targets = Field(
+        default="all", description="attention, mlp, all, suffixes, or a regular expression"
+    )
+    scale: ScaleRule = ScaleRule()
+    train: TrainConfig
+    seeds: SeedsConfig = SeedsConfig()
+    primary: Literal["test_loss"] = "test_loss"
+    margin: Annotated[Share, Field(gt=0, lt=1)] = Field(
+        default=0.05, description="of equivalence, as a share of the baseline's gain over the untouched model"
+    )
+    baseline: str | None = Field(default=None, description="the arm that contrasts are made against")
+    contrasts: tuple[str, ...] = Field(default=(), description='arm names, or "arm vs other"')
+    confirmatory: bool = Field(default=False, description="opens the reserved rows, once")
+    accept_unreachable: bool = Field(
+        default=False, description="go on although more than 20 %% of the weights cannot be adapted"
+    )
+    arms: Annotated[dict[str, ArmConfig], Field(min_length=1)]
+
+    @property
+    def tuned(self) -> bool:
+        """Whether learning rates are chosen on validation rather than declared."""
+        return len(self.train.learning_rates) > 1
+
+    def pairs(self) -> list[tuple[str, str]]:
+        """The declared contrasts as (arm, against)."""
+        split = (re.split(r"\s+vs\s+", text.strip()) for text in self.contrasts)
+        return [(p[0], p[1] if len(p) == 2 else str(self.baseline)) for p in split]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing wrong with a study file: where it is (a path of keys) and what the rule is."""
+
+    path: tuple[str | int, ...]
+    message: str
+
+
+def canonical_json(value: Any) -> str:
+    """Return JSON with sorted keys and no spaces: equal values give equal text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+def digest(value: Any, length: int = 16) -> str:
+    """Return the first `length` hex digits of the SHA-256 of the value's canonical JSON."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:length]
+
+
+def cross_faults(study: StudyConfig) -> list[Fault]:
+    """Return the faults that lie between fields (names that refer to nothing, missing partners)."""
+    faults: list[Fault] = []
+    arms = list(study.arms)
+    if study.baseline is not None and study.baseline not in study.arms:
+        faults.append(Fault(("baseline",), _no_arm(study.baseline, arms)))
+    if study.contrasts and study.baseline is None:
+        faults.append(
+            Fault(("contrasts",), "contrasts need a baseline: name one of the arms as `baseline:`.")
+        )
+    for index, (arm, against) in enumerate(study.pairs()):
+        for name in (arm, against):
+            if name not in study.arms and study.baseline is not None:
+                faults.append(Fault(("contrasts", index), _no_arm(name, arms)))
+        if arm == against:
+            faults.append(Fault(("contrasts", index), f"an arm cannot be compared with itself: {arm!r}."))
+    if (study.train.step_tokens is None) == (study.train.step_examples is None):
+        faults.append(Fault(("train",), "give exactly one of step_tokens and step_examples."))
+    if study.tuned and study.seeds.tuning == 0:
+        faults.append(
+            Fault(("seeds", "tuning"), "several learning_rates need tuning seeds (2 is usual); got 0.")
+        )
+    for name, config in study.arms.items():
+        if config.match == "budget" and config.budget is None:
+            rule = "an arm needs a budget, such as `budget: r=8`, or `match: none` for its own ranks."
+            faults.append(Fault(("arms", name), rule))
+        if config.match == "none" and config.budget is not None:
+            rule = (
+                f"`match: none` keeps the formula's own ranks, so `budget: {config.budget}` would be ignored."
+            )
+            faults.append(Fault(("arms", name, "budget"), rule))
+    return faults
+
+
+def _no_arm(name: str, arms: list[str]) -> str:
+    return f"no arm is called {name!r}; the arms are {', '.join(arms)}.{did_you_mean(name, arms)}"

@@ -1,0 +1,266 @@
+"""One run: a RunConfig becomes a record on disk (plan, read-back, training, evaluation)."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow
+import pyarrow.parquet
+from pydantic import Field
+
+from rankwise import adapters, machine, models
+from rankwise.config import NUMERICS, Frozen, ScaleRule, StudyConfig, Targets, TrainConfig, digest
+from rankwise.data import Example, Prepared, training_rows
+from rankwise.engine.batches import optimizer_steps
+from rankwise.evaluate import Evaluation, evaluate
+from rankwise.inventory import Inventory
+from rankwise.plans import RankPlan
+from rankwise.store import FORMAT, Store, write_json
+from rankwise.strategies import allocate
+from rankwise.train import Diverged, Trained, train_adapters
+
+Role = Literal["untouched", "tuning", "reporting"]
+TRAIN_COST = 3
+"""Work of a trained token, in forward passes of one token: forward, and twice that backward."""
+
+
+class RunConfig(Frozen):
+    """Everything that decides a run's numbers. Its hash is the run's name.
+
+    `model` and `data` are fingerprints, so that equal bytes from different places are the same run.
+    """
+
+    role: Role
+    model: str
+    data: str
+    confirmatory: bool = False
+    train_rows: int = 0
+    study_targets: Targets = "all"
+    targets: Targets = "all"
+    strategy: str
+    options: dict[str, Any] = Field(default_factory=dict)
+    budget: str | int | None = None
+    match: Literal["budget", "none"] = "none"
+    scale: ScaleRule = ScaleRule()
+    train: TrainConfig
+    device: str
+    dtype: str
+    threads: int
+    seed: int
+    numerics: int = NUMERICS
+
+    @property
+    def run_id(self) -> str:
+        """Return the first 16 hex digits of the SHA-256 of the canonical JSON."""
+        return digest(self.model_dump(mode="json"))
+
+
+@dataclass(frozen=True)
+class Context:
+    """What all runs of a process share: the loaded base model, the prepared data, the inventory."""
+
+    study: StudyConfig
+    base: models.Base
+    prepared: Prepared
+    inventory: Inventory
+    device: str
+    dtype: str
+    threads: int
+
+    def test_rows(self, confirmatory: bool) -> tuple[Example, ...]:
+        """Return the rows that reporting runs are scored on; only a confirmatory study gets the reserved."""
+        return self.prepared.splits.reserved if confirmatory else self.prepared.splits.test
+
+
+def plan_for(run: RunConfig, inventory: Inventory, model: str) -> RankPlan:
+    """Return the plan that the run's arm asks for."""
+    return allocate(
+        inventory.select(run.targets),
+        study_targets_inventory=inventory.select(run.study_targets),
+        strategy=run.strategy,
+        budget=run.budget,
+        match=run.match,
+        scale=run.scale,
+        options=run.options,
+        seed=run.seed,
+        model=model,
+    )
+
+
+def execute(
+    run: RunConfig,
+    context: Context,
+    store: Store,
+    *,
+    arm: str,
+    checkpoint_seconds: float = 30.0,
+    on_work: Callable[[int], None] = lambda units: None,
+) -> str:
+    """Do the run (or what is left of it) and write its record; return its status, done or failed.
+
+    The caller holds the run's claim. A run whose loss stops being finite is recorded as failed, with the
+    step, the reason and the last good metrics. Anything else that goes wrong leaves the run pending.
+    """
+    folder = store.partial(run.run_id)
+    folder.mkdir(parents=True, exist_ok=True)
+    machine.reset_peak_memory(context.device)
+    started = time.time()
+    staged = store.stage(run.run_id)
+    parts: dict[str, Any]
+    try:
+        if run.role == "untouched":
+            parts = _score(run, context, context.base.model, staged, on_work)
+        else:
+            parts = _train_and_score(run, context, folder, staged, checkpoint_seconds, on_work)
+        parts["status"] = "done"
+    except Diverged as error:
+        failure = {"step": error.step, "reason": error.reason, "last_metrics": error.last}
+        parts = {"status": "failed", "metrics": {}, "failure": failure}
+    except FloatingPointError as error:
+        parts = {"status": "failed", "metrics": {}, "failure": {"step": None, "reason": str(error)}}
+    _write_record(run, context, staged, parts, arm=arm, started=started, log=folder / "metrics.jsonl")
+    store.finish(run.run_id, staged)
+    return parts["status"]
+
+
+def _train_and_score(
+    run: RunConfig,
+    context: Context,
+    folder: Path,
+    staged: Path,
+    checkpoint_seconds: float,
+    on_work: Callable[[int], None],
+) -> dict[str, Any]:
+    plan = plan_for(run, context.inventory, context.base.source)
+    plan.save(staged / "plan.json")
+    rows = training_rows(context.prepared, run.seed, run.train_rows)
+    adapted = adapters.attach(context.base.model, plan, seed=run.seed, dropout=run.train.dropout)
+    try:
+        if run.train.gradient_checkpointing:
+            adapted.enable_input_require_grads()
+            adapted.gradient_checkpointing_enable()
+        trained = train_adapters(
+            adapted,
+            optimizer_steps(rows, run.train, run.seed),
+            run.train,
+            rate=run.train.learning_rates[0],
+            seed=run.seed,
+            folder=folder,
+            checkpoint_seconds=checkpoint_seconds,
+            on_step=lambda entry: on_work(TRAIN_COST * entry["tokens"]),
+        )
+        parts = _score(run, context, adapted, staged, on_work)
+        parts["adapter_bytes"] = adapters.save(adapted, staged / "adapter")
+        parts["trainable"] = adapters.trainable_parameters(adapted)
+    finally:
+        if run.train.gradient_checkpointing:
+            adapted.gradient_checkpointing_disable()
+            adapted.disable_input_require_grads()
+        adapters.detach(adapted)
+    return parts | {"trained": trained}
+
+
+def scored_splits(run: RunConfig, context: Context) -> dict[str, tuple[Example, ...]]:
+    """Return the rows that a run of this role may see: tuning runs never touch the test rows."""
+    test, validation = context.test_rows(run.confirmatory), context.prepared.splits.validation
+    return {
+        "untouched": {"validation": validation, "test": test},
+        "tuning": {"validation": validation},
+        "reporting": {"test": test},
+    }[run.role]
+
+
+def _score(
+    run: RunConfig, context: Context, model: Any, staged: Path, on_work: Callable[[int], None]
+) -> dict[str, Any]:
+    metrics: dict[str, Any] = {}
+    began = time.perf_counter()
+    for split, rows in scored_splits(run, context).items():
+        mean_tokens = sum(len(row.input_ids) for row in rows) // max(1, len(rows))
+        result = evaluate(
+            model, rows, micro_tokens=run.train.micro_tokens, on_rows=lambda n, m=mean_tokens: on_work(n * m)
+        )
+        metrics |= {f"{split}_{name}": value for name, value in result.metrics.items()}
+        _write_examples(staged / ("examples.parquet" if split == "test" else f"{split}.parquet"), result)
+    return {"metrics": metrics, "evaluation_seconds": time.perf_counter() - began}
+
+
+def _write_examples(path: Path, result: Evaluation) -> None:
+    pyarrow.parquet.write_table(pyarrow.table(result.examples), path)
+
+
+def _write_record(
+    run: RunConfig,
+    context: Context,
+    staged: Path,
+    parts: dict[str, Any],
+    *,
+    arm: str,
+    started: float,
+    log: Path,
+) -> None:
+    """Write every file of the record; field groups follow PEFT's method comparison."""
+    trained: Trained | None = parts.get("trained")
+    env = machine.describe(context.device, context.threads)
+    train_info = {
+        "status": parts["status"],
+        "metrics": parts["metrics"],
+        "num_trainable_params": parts.get("trainable", 0),
+        "num_total_params": context.inventory.base_parameters + parts.get("trainable", 0),
+        "evaluation_time": parts.get("evaluation_seconds"),
+        "file_size": parts.get("adapter_bytes", 0),
+        **machine.peak_memory(context.device),
+    }
+    if trained is not None:
+        train_info |= {
+            "train_time": trained.seconds,
+            "train_tokens": trained.tokens,
+            "train_label_tokens": trained.label_tokens,
+            "tokens_per_second": trained.tokens / trained.seconds,
+            "steps": trained.steps,
+            "train_loss": trained.final_loss,
+        }
+    result = {
+        "format": FORMAT,
+        "run_id": run.run_id,
+        "status": parts["status"],
+        "failure": parts.get("failure"),
+        "run_info": {"created_at": env["time"], "experiment_name": arm, "total_time": time.time() - started},
+        "train_info": train_info,
+        "meta_info": {
+            "model_info": {
+                "source": context.base.source,
+                "fingerprint": run.model,
+                "notices": context.base.notices,
+            },
+            "dataset_info": {"source": context.study.data.source, "fingerprint": run.data},
+            "package_info": env["packages"],
+            "system_info": {k: v for k, v in env.items() if k != "packages"},
+        },
+    }
+    write_json(staged / "config.json", run.model_dump(mode="json"))
+    write_json(staged / "env.json", env)
+    if log.exists():
+        shutil.copyfile(log, staged / "metrics.jsonl")
+    write_json(staged / "result.json", result)
+
+
+def work_of(run: RunConfig, context: Context) -> int:
+    """Estimate a run's work in forward passes of one token, for the progress bar."""
+    units = sum(len(row.input_ids) for rows in scored_splits(run, context).values() for row in rows)
+    if run.role != "untouched":
+        pool = context.prepared.splits.pool
+        mean = sum(len(row.input_ids) for row in pool) / max(1, len(pool))
+        units += int(TRAIN_COST * mean * run.train_rows * run.train.epochs)
+    return units
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Return the entries of a `metrics.jsonl`."""
+    return [json.loads(line) for line in path.read_text().splitlines()]

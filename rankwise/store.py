@@ -1,0 +1,159 @@
+"""The records on disk: claim a run, write it aside, rename it into place, read it back.
+
+    results/<study>/runs/<run_id>/    a finished run (done or failed), complete by construction
+    results/.partial/<run_id>/        a run under way: its checkpoint and its step log
+    results/.locks/<run_id>.lock      held by the process that works on the run, freed by its death
+
+Run names are content hashes, so locks and partial runs are shared by all studies of a results folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock, Timeout
+
+from rankwise.errors import RankwiseError
+
+FORMAT = 1
+"""Layout of the results folder; another number means that another version wrote it."""
+
+State = Literal["pending", "running", "done", "failed"]
+
+
+class Store:
+    """The runs of one study in a results folder, with sight of the other studies' runs."""
+
+    def __init__(self, results: Path, study: str) -> None:
+        self.results = results
+        self.folder = results / study
+        self.runs = self.folder / "runs"
+        self._check_format()
+
+    def _check_format(self) -> None:
+        marker = self.folder / "store.json"
+        if self.folder.exists() and not self.folder.is_dir():
+            raise RankwiseError(f"the results folder {self.folder} is a file; choose another with --results.")
+        if not marker.exists():
+            if self.runs.is_dir() and any(self.runs.iterdir()):
+                raise RankwiseError(
+                    f"{self.runs} holds runs but no store.json, so another program or version wrote it; "
+                    "move the folder away or choose another with --results."
+                )
+            return
+        try:
+            found = json.loads(marker.read_text()).get("format")
+        except (ValueError, AttributeError):
+            found = "unreadable"
+        if found != FORMAT:
+            raise RankwiseError(
+                f"{self.folder} was written in format {found}; this rankwise reads format {FORMAT}. "
+                "Move the folder away, choose another with --results, or use the version that wrote it."
+            )
+
+    def open(self) -> None:
+        """Create the folders and the format marker; nothing is touched when they exist."""
+        self.runs.mkdir(parents=True, exist_ok=True)
+        for name in (".partial", ".locks"):
+            (self.results / name).mkdir(exist_ok=True)
+        if not (self.folder / "store.json").exists():
+            write_json(self.folder / "store.json", {"format": FORMAT})
+
+    # --- one run ---------------------------------------------------------------------------
+
+    def path(self, run_id: str) -> Path:
+        """Return where this study's record of the run is, or will be."""
+        return self.runs / run_id
+
+    def has(self, run_id: str) -> bool:
+        """Whether this study's folder holds a finished record of the run, done or failed."""
+        return self.path(run_id).is_dir()
+
+    def partial(self, run_id: str) -> Path:
+        """Return the folder of a run under way."""
+        return self.results / ".partial" / run_id
+
+    @contextmanager
+    def claim(self, run_id: str) -> Iterator[bool]:
+        """Yield whether this process now owns the run; the claim dies with the process."""
+        lock = FileLock(self.results / ".locks" / f"{run_id}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            lock.release()
+
+    def state(self, run_id: str) -> State:
+        """Return the run's state; "running" means that a living process holds its claim."""
+        if self.path(run_id).is_dir():
+            return self.record(run_id)["status"]
+        if not (self.results / ".locks" / f"{run_id}.lock").exists():
+            return "pending"
+        with self.claim(run_id) as free:
+            return "pending" if free else "running"
+
+    def record(self, run_id: str) -> dict[str, Any]:
+        """Return a finished run's `result.json`.
+
+        Raises:
+            RankwiseError: when the record cannot be read (it was edited or damaged by hand).
+        """
+        path = self.path(run_id) / "result.json"
+        try:
+            return json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise RankwiseError(
+                f"{path} cannot be read ({error}); delete the folder {path.parent} to run it again."
+            ) from None
+
+    def adopt(self, run_id: str) -> bool:
+        """Copy the record from another study of this results folder, if one has it."""
+        for other in sorted(self.results.glob(f"*/runs/{run_id}/result.json")):
+            aside = self.partial(f"{run_id}.adopt-{os.getpid()}")
+            shutil.copytree(other.parent, aside, dirs_exist_ok=True)
+            try:
+                aside.rename(self.path(run_id))
+            except OSError:
+                shutil.rmtree(aside, ignore_errors=True)  # another process was first: its copy is equal
+            return True
+        return False
+
+    def finish(self, run_id: str, staged: Path) -> None:
+        """Put a complete record in place with one rename, then drop the run's partial folder."""
+        for file in staged.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as handle:
+                    os.fsync(handle.fileno())
+        staged.rename(self.path(run_id))
+        shutil.rmtree(self.partial(run_id), ignore_errors=True)
+
+    def stage(self, run_id: str) -> Path:
+        """Return a fresh folder inside the partial run, in which a record is written before its rename."""
+        folder = self.partial(run_id) / "record"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        return folder
+
+    def discard(self, run_id: str) -> None:
+        """Remove a record, so that the run is pending again (used for `--retry-failed`)."""
+        shutil.rmtree(self.path(run_id), ignore_errors=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically: a reader sees the old file or the new one, never a part."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        aside.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)

@@ -1,0 +1,216 @@
+"""The strategies, one file each, and the way from a strategy to a plan.
+
+To add one: write `(inventory, probe, options) -> {name: ...}` in a file of its own and name it
+below. `tests/contracts/test_strategies.py` then holds it to the contract.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from numbers import Number
+from typing import TYPE_CHECKING, Any, Literal
+
+from rankwise.budget import parse_budget, raw_ranks, solve_gains, solve_targets
+from rankwise.errors import RankwiseError, did_you_mean, one_of
+from rankwise.plans import PlanModule, RankPlan, ScaleRule
+from rankwise.strategies import (
+    attention_heavy,
+    attention_only,
+    custom,
+    empirical,
+    linear_decay,
+    linear_growth,
+    mlp_only,
+    random,
+    reversed,
+    uniform,
+)
+from rankwise.strategies.options import Strategy
+
+if TYPE_CHECKING:
+    from rankwise.inventory import Inventory
+
+STRATEGIES: dict[str, Strategy] = {
+    "uniform": Strategy("targets", uniform.targets, {"base": 16}, "one rank everywhere"),
+    "linear_decay": Strategy(
+        "targets", linear_decay.targets, {"base": 16, "min": 4}, "from base at the input to min at the output"
+    ),
+    "linear_growth": Strategy(
+        "targets",
+        linear_growth.targets,
+        {"base": 16, "min": 4},
+        "from min at the input to base at the output",
+    ),
+    "attention_heavy": Strategy(
+        "targets", attention_heavy.targets, {"base": 16}, "base on attention, half of it elsewhere"
+    ),
+    "empirical": Strategy(
+        "targets",
+        empirical.targets,
+        {"base": 16, "min": 4, "max": 32},
+        "0.6, 1.2 and 1.0 times base in the first, middle and last layers",
+    ),
+    "attention_only": Strategy("targets", attention_only.targets, {"base": 16}, "base on attention alone"),
+    "mlp_only": Strategy("targets", mlp_only.targets, {"base": 16}, "base on the feed-forward half alone"),
+    "random": Strategy(
+        "targets",
+        random.targets,
+        {"min": 4, "max": 32, "seed": 0},
+        "uniform draws from min to max (a control)",
+    ),
+    "custom": Strategy("targets", custom.targets, {"ranks": None}, "ranks given by layer, kind or module"),
+    "reversed": Strategy(
+        "inner", reversed.mirrored, {"of": None}, "another strategy with its layers mirrored (a control)"
+    ),
+}
+
+
+def allocate(
+    inventory: Inventory,
+    *,
+    strategy: str,
+    study_targets_inventory: Inventory | None = None,
+    budget: str | int | None = None,
+    match: Literal["budget", "none"] = "budget",
+    scale: ScaleRule | Mapping[str, Any] | None = None,
+    options: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    model: str = "",
+    probe: Any = None,
+) -> RankPlan:
+    """Return the plan of one strategy on the modules of an inventory.
+
+    Args:
+        inventory: The modules that may get ranks (the arm's targets).
+        strategy: A name in `STRATEGIES`.
+        study_targets_inventory: The modules on which `r=8` and full rank are counted (the study's
+            targets), so that arms on subsets spend the same; by default `inventory`.
+        budget: See `rankwise.budget.parse_budget`; ignored with `match="none"`.
+        match: "budget" fits the ranks to the budget; "none" keeps the formula's own, floored.
+        scale: The scale rule; by default constant 2.
+        options: The strategy's options; what is not given has the default.
+        seed: Reaches strategies that draw, unless their options name a seed.
+        model: The model's name, for the record.
+        probe: Evidence for strategies that want it.
+
+    Raises:
+        RankwiseError: an unknown strategy or option, a budget that is missing or impossible, or
+            a plan without a single rank.
+    """
+    study = inventory if study_targets_inventory is None else study_targets_inventory
+    one, settings = resolve(strategy, options or {}, seed)
+    kind = STRATEGIES[settings["of"]].kind if one.kind == "inner" else one.kind
+    amount = _amount(strategy, kind, match, budget, study)
+    values = one.function(inventory, probe, settings)
+    if set(values) != set(inventory.names):
+        raise RankwiseError(f"Strategy {strategy} must value exactly the modules of the inventory.")
+    values = {name: values[name] for name in inventory.names}
+    notices = list(inventory.notices)
+    if amount is None:
+        ranks = raw_ranks(values, inventory.max_ranks)
+        capped = sum(values[m.name] >= m.max_rank + 1 for m in inventory)
+        if capped:
+            notices.append(f"{capped} modules wanted more than their full rank and got that.")
+    else:
+        solve = solve_gains if kind == "gains" else solve_targets
+        ranks = solve(values, inventory.costs, amount, inventory.max_ranks)
+    _refuse_empty(ranks, values, inventory, strategy, amount)
+    return RankPlan(
+        model=model,
+        strategy=strategy,
+        options=settings,
+        targets=inventory.targets,
+        match=match,
+        budget=amount,
+        scale=ScaleRule() if scale is None else ScaleRule.model_validate(scale),
+        ranks=ranks,
+        modules=tuple(_planned(inventory)),
+        exclude=inventory.lookalikes,
+        provenance={
+            "seed": seed,
+            "budget": budget if amount is not None else None,
+            "architecture": inventory.architecture,
+            "base_parameters": inventory.base_parameters,
+            "unreachable_share": inventory.unreachable_share,
+            "notices": notices,
+        },
+    )
+
+
+def resolve(strategy: str, options: Mapping[str, Any], seed: int = 0) -> tuple[Strategy, dict[str, Any]]:
+    """Return a strategy and its complete options: those given, the defaults for the others.
+
+    Raises:
+        RankwiseError: an unknown strategy, an option that it does not take, or one that it needs
+            and did not get. The values themselves are checked by the strategy.
+    """
+    one = _named("strategy", strategy)
+    accepted = dict(one.options)
+    if one.kind == "inner" and options.get("of") is not None:
+        inner = _named("Option of", options["of"])
+        if inner.kind == "inner":
+            raise RankwiseError(f"Strategy {strategy} cannot mirror itself: option of must name another one.")
+        accepted |= inner.options
+    if "seed" in accepted:
+        accepted["seed"] = seed
+    for name in options:
+        if name not in accepted:
+            takes = ", ".join(accepted) or "none"
+            raise RankwiseError(
+                f"Strategy {strategy} has no option {name!r}; it takes {takes}.{did_you_mean(name, accepted)}"
+            )
+    settings = {name: options.get(name, default) for name, default in accepted.items()}
+    if missing := [name for name, value in settings.items() if value is None]:
+        raise RankwiseError(f"Strategy {strategy} needs the option {', '.join(missing)}.")
+    return one, settings
+
+
+def _named(what: str, name: str) -> Strategy:
+    if name not in STRATEGIES:
+        raise RankwiseError(one_of(what, name, STRATEGIES))
+    return STRATEGIES[name]
+
+
+def _amount(strategy: str, kind: str, match: str, budget: str | int | None, study: Inventory) -> int | None:
+    if match not in ("budget", "none"):
+        raise RankwiseError(one_of("match", match, ("budget", "none")))
+    if match == "none":
+        if kind == "gains":
+            raise RankwiseError(
+                f"Strategy {strategy} values units of rank and wants no number of its own: give it a "
+                "budget instead of `match: none`."
+            )
+        return None
+    if budget is None:
+        raise RankwiseError(
+            f"Strategy {strategy} needs a budget such as 'r=8'; `match: none` keeps a formula's own ranks."
+        )
+    return parse_budget(
+        budget, costs=study.costs, max_ranks=study.max_ranks, base_parameters=study.base_parameters
+    )
+
+
+def _refuse_empty(
+    ranks: Mapping[str, int],
+    values: Mapping[str, Any],
+    inventory: Inventory,
+    strategy: str,
+    amount: int | None,
+) -> None:
+    if any(ranks.values()):
+        return
+    if amount is None:
+        raise RankwiseError(
+            f"Strategy {strategy} wants less than rank 1 on every module: no adapter would be built."
+        )
+    unwanted = {name for name, value in values.items() if isinstance(value, Number) and value == 0}
+    usable = [module.cost for module in inventory if module.name not in unwanted]
+    raise RankwiseError(
+        f"The budget of {amount:,} parameters buys no rank on the modules that {strategy} uses: "
+        f"the cheapest unit there costs {min(usable):,}."
+    )
+
+
+def _planned(inventory: Inventory) -> list[PlanModule]:
+    fields = tuple(PlanModule.model_fields)
+    return [PlanModule(**{field: getattr(module, field) for field in fields}) for module in inventory]

@@ -1,0 +1,16 @@
+"""Attention only: adapters on attention alone ("Selective LoRA", the study before the earlier one)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rankwise.strategies.options import Options, only, whole
+
+if TYPE_CHECKING:
+    from rankwise.inventory import Inventory
+
+
+def targets(inventory: Inventory, probe: Any, options: Options) -> dict[str, int]:
+    """Return `base` for attention modules and 0 for all others."""
+    (base,) = whole(options, "base")
+    return only(inventory, "attention", base)

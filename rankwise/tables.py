@@ -1,0 +1,268 @@
+"""From a study's index and records to the tables that people read. No torch; nothing is typed in by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+from rankwise import stats
+from rankwise.config import SCREENING_BELOW, StudyConfig
+from rankwise.errors import RankwiseError
+from rankwise.store import Store
+
+
+@dataclass(frozen=True)
+class ArmRow:
+    """One arm's line in the result table; None where there is nothing to show yet."""
+
+    arm: str
+    strategy: str
+    ranks: str
+    scale: str
+    parameters: int | None
+    equal_budget: bool
+    rate: float | None
+    rate_how: str
+    done: int
+    failed: int
+    wanted: int
+    loss: float | None
+    loss_sd: float | None
+    perplexity: float | None
+    gain: float | None
+    token_accuracy: float | None
+    seconds: float | None
+    tokens_per_second: float | None
+    peak_bytes: int | None
+
+
+@dataclass(frozen=True)
+class ContrastRow:
+    """One declared contrast: numbers where there are some, and what may be said of them."""
+
+    arm: str
+    against: str
+    paired: stats.Paired | None
+    p_holm: float | None
+    margin: float | None
+    verdict: str
+
+
+class Results:
+    """A study's index with the records that it names, as far as they exist."""
+
+    def __init__(self, store: Store) -> None:
+        path = store.folder / "study.json"
+        if not path.exists():
+            raise RankwiseError(f"no results yet at {path}: run the study first (`rankwise study run`).")
+        self.index: dict[str, Any] = json.loads(path.read_text())
+        self.config = StudyConfig.model_validate(self.index["config"])
+        self.store = store
+        self.records = {
+            run["run_id"]: store.record(run["run_id"])
+            for run in self.index["runs"]
+            if store.has(run["run_id"])
+        }
+
+    def of(self, arm: str, role: str = "reporting") -> dict[int, dict[str, Any]]:
+        """Return seed -> record of an arm's finished runs, the failed ones included."""
+        runs = (r for r in self.index["runs"] if r["arm"] == arm and r["role"] == role)
+        return {r["seed"]: self.records[r["run_id"]] for r in runs if r["run_id"] in self.records}
+
+    def losses(self, arm: str) -> dict[int, float]:
+        """Return seed -> primary metric of the runs that are done."""
+        metric = self.config.primary
+        return {
+            s: r["train_info"]["metrics"][metric] for s, r in self.of(arm).items() if r["status"] == "done"
+        }
+
+    def untouched(self) -> float | None:
+        """Return the primary metric of the model without adapters."""
+        record = self.of("untouched", "untouched").get(0)
+        return record["train_info"]["metrics"][self.config.primary] if record else None
+
+    def plan(self, arm: str) -> dict[str, Any] | None:
+        """Return the arm's plan of its first finished run."""
+        for record in self.of(arm).values():
+            path = self.store.path(record["run_id"]) / "plan.json"
+            if path.exists():
+                return json.loads(path.read_text())
+        return None
+
+    def failures(self) -> list[str]:
+        """Return one sentence for every failed run."""
+        arms = {r["run_id"]: r for r in self.index["runs"]}
+        return [
+            f"{arms[i]['arm']} ({arms[i]['role']}, seed {arms[i]['seed']}, rate {arms[i]['rate']:g}) failed"
+            f" at step {r['failure']['step']}: {r['failure']['reason']}"
+            for i, r in self.records.items()
+            if r["status"] == "failed"
+        ]
+
+
+def arm_rows(results: Results) -> list[ArmRow]:
+    """Return the result table, arms in the study's order."""
+    return [_arm_row(results, arm) for arm in results.config.arms]
+
+
+def _arm_row(results: Results, arm: str) -> ArmRow:
+    wanted = results.config.arms[arm]
+    records = results.of(arm)
+    done = [r["train_info"] for r in records.values() if r["status"] == "done"]
+    losses = list(results.losses(arm).values())
+    loss = statistics.fmean(losses) if losses else None
+    untouched = results.untouched()
+    plan = results.plan(arm)
+    choice = results.index["rates"][arm]
+    return ArmRow(
+        arm=arm,
+        strategy=wanted.strategy,
+        ranks=_ranks(plan["ranks"]) if plan else "",
+        scale=str(wanted.scale or results.config.scale),
+        parameters=done[0]["num_trainable_params"] if done else None,
+        equal_budget=wanted.match == "budget",
+        rate=choice["rate"],
+        rate_how=choice["how"] + (" (at the edge)" if choice.get("at_edge") else ""),
+        done=len(done),
+        failed=len(records) - len(done),
+        wanted=results.config.seeds.reporting,
+        loss=loss,
+        loss_sd=statistics.stdev(losses) if len(losses) > 1 else None,
+        perplexity=math.exp(loss) if loss is not None else None,
+        gain=untouched - loss if loss is not None and untouched is not None else None,
+        token_accuracy=_mean([d["metrics"]["test_token_accuracy"] for d in done]),
+        seconds=_mean([d["train_time"] for d in done]),
+        tokens_per_second=_mean([d["tokens_per_second"] for d in done]),
+        peak_bytes=max((d.get("device_peak_bytes", d["process_peak_bytes"]) for d in done), default=None),
+    )
+
+
+def _ranks(ranks: dict[str, int]) -> str:
+    low, high = min(ranks.values()), max(ranks.values())
+    return str(low) if low == high else f"{low}-{high}"
+
+
+def _mean(values: list[float]) -> float | None:
+    return statistics.fmean(values) if values else None
+
+
+def contrast_rows(results: Results) -> list[ContrastRow]:
+    """Return the declared contrasts with their paired t-intervals, Holm-adjusted, and their verdicts."""
+    pairs = results.config.pairs()
+    compared = {pair: _compare(results, *pair) for pair in pairs}
+    found = [pair for pair in pairs if compared[pair] is not None]
+    adjusted = dict(zip(found, stats.holm([compared[p].p for p in found]), strict=True))  # type: ignore[union-attr]
+    return [_contrast_row(results, pair, compared[pair], adjusted.get(pair)) for pair in pairs]
+
+
+def _differences(results: Results, arm: str, against: str) -> list[float]:
+    a, b = results.losses(arm), results.losses(against)
+    return [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
+
+
+def _compare(results: Results, arm: str, against: str) -> stats.Paired | None:
+    differences = _differences(results, arm, against)
+    return stats.paired(differences) if len(differences) > 1 else None
+
+
+def margin(results: Results) -> float | None:
+    """Return the margin of equivalence in the metric's unit: a share of the baseline's gain."""
+    untouched, baseline = results.untouched(), results.config.baseline
+    losses = list(results.losses(baseline).values()) if baseline else []
+    if untouched is None or not losses:
+        return None
+    return results.config.margin * (untouched - statistics.fmean(losses))
+
+
+def _contrast_row(
+    results: Results, pair: tuple[str, str], paired: stats.Paired | None, p_holm: float | None
+) -> ContrastRow:
+    band = margin(results)
+    failed = any(r["status"] == "failed" for name in pair for r in results.of(name).values())
+    complete = all(len(results.of(name)) == results.config.seeds.reporting for name in pair)
+    if failed:
+        verdict = "no verdict: a run failed"
+    elif not complete:
+        verdict = "no verdict yet: runs are missing"
+    elif results.config.seeds.reporting < SCREENING_BELOW:
+        verdict = f"screening: {results.config.seeds.reporting} seeds, no verdict"
+    elif paired is None or p_holm is None or band is None or band <= 0:
+        verdict = "no verdict: the baseline gained nothing over the untouched model"
+    elif p_holm < 0.05:
+        verdict = "differs: lower loss" if paired.mean < 0 else "differs: higher loss"
+    elif stats.equivalent(_differences(results, *pair), band):
+        verdict = "equivalent within the margin"
+    else:
+        verdict = f"no difference shown; could have seen {paired.detectable:.4f}"
+    return ContrastRow(*pair, paired, p_holm, band, verdict)
+
+
+def captions(results: Results) -> list[str]:
+    """Return what must be read with the table: how rates were set, seeds, failures, the base's nature."""
+    config = results.config
+    rows = arm_rows(results)
+    seeds = config.seeds.reporting
+    rate = "rate tuned per arm on validation" if config.tuned else "rate not tuned"
+    seed_text = f"{seeds} seed{'s' if seeds > 1 else ''}"
+    lines = [f"{rate}, {seed_text}" + (": no verdict" if seeds < SCREENING_BELOW else "")]
+    if results.index["exploratory"]:
+        lines.append("exploratory: contrasts or margin were changed after the first run")
+    missing = sum(row.wanted - row.done - row.failed for row in rows if row.rate is not None)
+    if missing or results.index["tuning_unfinished"]:
+        lines.append(f"unfinished: {missing} reporting runs missing" + _tuning_note(results))
+    if any(not row.equal_budget for row in rows):
+        lines.append("* keeps its own ranks: outside the equal-budget comparison")
+    lines += [
+        f"{arm}: every rate diverged" for arm, choice in results.index["rates"].items() if _hopeless(choice)
+    ]
+    return lines + results.failures() + results.index["resolved"]["notices"]
+
+
+def _tuning_note(results: Results) -> str:
+    return ", learning rates still being tuned" if results.index["tuning_unfinished"] else ""
+
+
+def _hopeless(choice: dict[str, Any]) -> bool:
+    return (
+        choice["rate"] is None
+        and bool(choice.get("grid"))
+        and all(g["losses"] and None in g["losses"] for g in choice["grid"])
+    )
+
+
+def state_counts(results: Results) -> dict[str, dict[str, int]]:
+    """Return role -> state -> number of runs."""
+    counts: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+    for run in {r["run_id"]: r for r in results.index["runs"]}.values():
+        counts[run["role"]][results.store.state(run["run_id"])] += 1
+    return {role: dict(states) for role, states in counts.items()}
+
+
+def design_warnings(config: StudyConfig) -> list[str]:
+    """Return what the study's design cannot answer, said before anything runs."""
+    seeds, contrasts = config.seeds.reporting, len(config.contrasts)
+    found = []
+    if seeds < SCREENING_BELOW:
+        found.append(
+            f"{seeds} reporting seeds screen: verdicts need {SCREENING_BELOW}. An exact sign-flip test of "
+            f"{seeds} seeds cannot go below p = {2 / 2**seeds:.3g}."
+        )
+    elif contrasts and 2 / 2**seeds > 0.05 / contrasts:
+        found.append(
+            f"{contrasts} contrasts with {seeds} seeds: the exact sign-flip test cannot reach 5 % after "
+            f"Holm's adjustment (lowest p = {2 / 2**seeds:.3g}); declare fewer contrasts or run more seeds."
+        )
+    if seeds >= 2:
+        found.append(
+            f"{seeds} seeds can detect differences of {stats.detectable_effect(seeds):.2f} SDs of the "
+            "seed-to-seed differences (80 % power, 5 %, before Holm's adjustment)."
+        )
+    if not config.tuned:
+        found.append("one learning rate for every arm: a difference may be the rate's, not the ranks'.")
+    if not config.contrasts:
+        found.append("no contrasts are declared: the study describes and decides nothing.")
+    return found
