@@ -55,7 +55,7 @@ def read_back(adapted: Any) -> dict[str, tuple[int, float]]:
     """Return (rank, scale) of every adapted module as its tensors and forward pass have them."""
     found = {}
     for name, layer in lora_layers(adapted).items():
-        a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+        a, b = _factors(layer)
         if a.shape[0] != b.shape[1]:
             raise RankwiseError(f"{name}: A has rank {a.shape[0]} and B has rank {b.shape[1]}.")
         found[name] = (a.shape[0], float(layer.scaling[ADAPTER]))
@@ -99,8 +99,13 @@ def save(adapted: PeftModel, folder: Path) -> int:
     return sum(f.stat().st_size for f in folder.iterdir())
 
 
+def _factors(layer: LoraLayer) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return A (rank, in_features) and B (out_features, rank)."""
+    return layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight  # type: ignore[return-value]
+
+
 def _initialise(layer: LoraLayer, name: str, seed: int) -> None:
-    a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+    a, b = _factors(layer)
     bound = 1 / math.sqrt(a.shape[1])
     draws = generator(seed, "lora_A", name).uniform(-bound, bound, size=tuple(a.shape))
     with torch.no_grad():

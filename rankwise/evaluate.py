@@ -34,9 +34,9 @@ def evaluate(
     rows: Sequence[Example],
     *,
     micro_tokens: int,
-    on_rows: Callable[[int], None] = lambda n: None,
+    on_tokens: Callable[[int], None] = lambda n: None,
 ) -> Evaluation:
-    """Score every row; `on_rows` hears how many rows each batch finished.
+    """Score every row; `on_tokens` hears how many tokens each batch held.
 
     Raises:
         FloatingPointError: when a row's loss is not finite; a missing metric is never a number.
@@ -53,7 +53,7 @@ def evaluate(
             where = [place[id(row)] for row in batch]
             for name, values in columns.items():
                 values[where] = getattr(scores, name).double().cpu().numpy()
-            on_rows(len(batch))
+            on_tokens(sum(len(row.input_ids) for row in batch))
     finally:
         model.train(was_training)
     if not np.isfinite(columns["nll"]).all():

@@ -58,7 +58,7 @@ def load(source: str, dtype: str, device: str, relative_to: Path | None = None) 
     """
     _quiet()
     found = sources.fetch(source, kind="model", relative_to=relative_to)
-    folder, notices = found.path, ()
+    folder, notices = found.path, tuple[str, ...]()
     if found.path.is_file():
         folder, notices = _dequantised(found.path, found.sha256), (_gguf_notice(found.path),)
     model, tokenizer = _load_folder(folder, torch_dtype(dtype), source)
@@ -135,7 +135,7 @@ def _dequantised(gguf: Path, sha256: str) -> Path:
 
 
 def _convert_gguf(gguf: Path, aside: Path) -> None:
-    place = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    place: dict[str, Any] = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
     try:
         packed = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(**place)

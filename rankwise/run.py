@@ -182,10 +182,7 @@ def _score(
     metrics: dict[str, Any] = {}
     began = time.perf_counter()
     for split, rows in scored_splits(run, context).items():
-        mean_tokens = sum(len(row.input_ids) for row in rows) // max(1, len(rows))
-        result = evaluate(
-            model, rows, micro_tokens=run.train.micro_tokens, on_rows=lambda n, m=mean_tokens: on_work(n * m)
-        )
+        result = evaluate(model, rows, micro_tokens=run.train.micro_tokens, on_tokens=on_work)
         metrics |= {f"{split}_{name}": value for name, value in result.metrics.items()}
         _write_examples(staged / ("examples.parquet" if split == "test" else f"{split}.parquet"), result)
     return {"metrics": metrics, "evaluation_seconds": time.perf_counter() - began}

@@ -193,7 +193,7 @@ class Checkpoint:
 
     def save(self, step: int, seconds: float) -> None:
         """Write the state after `step` steps; a reader sees the old file or the new one."""
-        tensors = {}
+        tensors: dict[str, torch.Tensor] = {}
         for name, parameter in self.parameters.items():
             state = self.optimizer.state[parameter]
             tensors |= {f"value.{name}": parameter.detach(), f"step.{name}": state["step"].reshape(1)}

