@@ -1,5 +1,7 @@
 """rankwise: LoRA ranks per layer under a budget, compared honestly, taken home as a plan."""
 
+from rankwise.config import ScaleRule, StudyConfig
 from rankwise.errors import RankwiseError
+from rankwise.plans import RankPlan
 
-__all__ = ["RankwiseError"]
+__all__ = ["RankPlan", "RankwiseError", "ScaleRule", "StudyConfig"]

