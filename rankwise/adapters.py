@@ -63,7 +63,7 @@ def read_back(adapted: Any) -> dict[str, tuple[int, float]]:
 
 
 def verify(adapted: Any, plan: RankPlan) -> None:
-    """Compare what was built with the plan: ranks, scales and the count of trainable parameters.
+    """Compare what was built with the plan: ranks, scales, and the trainable parameters and their count.
 
     Raises:
         RankwiseError: naming the modules that differ.
@@ -75,6 +75,10 @@ def verify(adapted: Any, plan: RankPlan) -> None:
         shown = "; ".join(f"{n}: built {built.get(n)}, planned {wanted.get(n)}" for n in wrong[:5])
         more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise RankwiseError(f"the built (rank, scale) differ from the plan in {shown}{more}.")
+    idle = [name for name, layer in lora_layers(adapted).items() if not _at_work(layer)]
+    if idle:
+        more = f" and {len(idle) - 5} more" if len(idle) > 5 else ""
+        raise RankwiseError(f"built, but not active and trainable: {', '.join(idle[:5])}{more}.")
     counted = trainable_parameters(adapted)
     if counted != plan.parameters:
         raise RankwiseError(
@@ -102,6 +106,12 @@ def save(adapted: PeftModel, folder: Path) -> int:
 def _factors(layer: LoraLayer) -> tuple[torch.Tensor, torch.Tensor]:
     """Return A (rank, in_features) and B (out_features, rank)."""
     return layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight  # type: ignore[return-value]
+
+
+def _at_work(layer: LoraLayer) -> bool:
+    """Whether the layer adds its A and B to the forward pass, unmerged, and both are trainable."""
+    on = not layer.disable_adapters and not layer.merged and list(layer.active_adapters) == [ADAPTER]
+    return on and all(factor.requires_grad for factor in _factors(layer))
 
 
 def _initialise(layer: LoraLayer, name: str, seed: int) -> None:

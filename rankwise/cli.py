@@ -5,14 +5,18 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rankwise.errors import RankwiseError
+from rankwise.errors import RankwiseError, visible
+
+if TYPE_CHECKING:
+    from rankwise.grid import Study
 
 app = typer.Typer(
     name="rankwise",
@@ -31,6 +35,8 @@ Set = Annotated[
 ]
 Checkpoint = Annotated[float, typer.Option(help="seconds between checkpoints of a run", min=0)]
 RESULTS = Path("results")
+STOPPED = 130
+USAGE_ERROR: Any = typer.BadParameter.__base__  # typer does not name its copy of Click's class
 
 
 @app.command()
@@ -61,14 +67,20 @@ def data(
     overrides: Set = None,
 ) -> None:
     """Fetch, prepare and analyse a study's data; write its data card."""
-    from rankwise import datacard, models, sources
-    from rankwise.study import prepare_data, read_study
-    from rankwise.terminal import out
+    from rankwise import datacard
+    from rankwise.studydata import prepare_data, read_data
+    from rankwise.studyfile import read_study
 
     file = read_study(study, tuple(overrides or ()))
-    tokenizer, _ = models.load_tokenizer(file.config.model, study.parent)
-    prepared = prepare_data(file, tokenizer)
-    found = sources.fetch(file.config.data.source, kind="data", relative_to=study.parent)
+    with file.at("data", "source"):
+        found = read_data(file)
+    from rankwise import models  # loads PyTorch, which takes seconds: the faults so far are told at once
+    from rankwise.terminal import say
+
+    with file.at("model"):
+        tokenizer, _ = models.load_tokenizer(file.config.model, study.parent)
+    with file.at("data"):
+        prepared = prepare_data(file, found, tokenizer)
     card = datacard.write_card(
         prepared,
         name=file.config.name,
@@ -78,8 +90,8 @@ def data(
         tokenizer=tokenizer,
         folder=out_dir / file.config.name,
     )
-    out.print(card.read_text(), markup=False, soft_wrap=True)
-    out.print(f"written to {card.parent}/", markup=False, soft_wrap=True)
+    say(card.read_text(encoding="utf-8"))
+    say(f"written to {card.parent}/")
 
 
 @app.command()
@@ -105,39 +117,40 @@ def plan(
 ) -> None:
     """Choose ranks for a model and write them as plan.json."""
     from rankwise import planning
-    from rankwise.terminal import err, out
 
     found = planning.plan_from_source(
         model, strategy, budget=budget, match=match, targets=targets, scale=scale, options=option, seed=seed,
         accept_unreachable=accept_unreachable,
     )  # fmt: skip
+    from rankwise.terminal import err, out, say
+
     for notice in found.notices:
-        err.print(f"note: {notice}", markup=False, soft_wrap=True)
+        say(f"note: {notice}", err)
     out.print(found.plan.table())
     if out_file is not None:
         found.plan.save(out_file)
-        out.print(f"written to {out_file}", markup=False, soft_wrap=True)
+        say(f"written to {out_file}")
 
 
 @app.command()
 def train(
     study: StudyPath,
     arm: Annotated[str, typer.Option(help="an arm of the study")],
-    seed: Annotated[int, typer.Option(help="reporting seed", min=0)],
+    seed: Annotated[int, typer.Option(help="reporting seed", min=0, max=999)],
     rate: Annotated[float | None, typer.Option(help="learning rate, instead of the arm's own")] = None,
     results: Results = RESULTS,
     overrides: Set = None,
 ) -> None:
     """Do one run of a study: one arm, one seed."""
-    from rankwise.study import open_study, train_one
-    from rankwise.terminal import StudyProgress, out
+    opened = _open(study, results, overrides, arm)
+    from rankwise.study import train_one
+    from rankwise.terminal import StudyProgress, out, say
 
-    opened = open_study(study, results, tuple(overrides or ()))
     with StudyProgress() as progress:
         planned = train_one(opened, arm, seed, rate, progress)
     record = opened.store.record(planned.run_id)
     out.print_json(json.dumps({"status": record["status"], **record["train_info"]["metrics"]}))
-    out.print(f"record: {opened.store.path(planned.run_id)}", markup=False, soft_wrap=True)
+    say(f"record: {opened.store.path(planned.run_id)}")
     raise typer.Exit(0 if record["status"] == "done" else 1)
 
 
@@ -150,10 +163,10 @@ def study_run(
     checkpoint_seconds: Checkpoint = 30.0,
 ) -> None:
     """Do every pending run of a study, then print its tables. Interrupt and repeat as you like."""
-    from rankwise.study import open_study, run_study
+    opened = _open(study, results, overrides)
+    from rankwise.study import run_study
     from rankwise.terminal import StudyProgress, print_results
 
-    opened = open_study(study, results, tuple(overrides or ()))
     with StudyProgress() as progress:
         run_study(opened, progress, checkpoint_seconds=checkpoint_seconds, retry_failed=retry_failed)
     failures = print_results(opened.store, study)
@@ -164,20 +177,21 @@ def study_run(
 def study_status(study: StudyPath, results: Results = RESULTS, overrides: Set = None) -> None:
     """List the study's runs by state, and its results so far."""
     from rankwise.store import Store
-    from rankwise.study import read_study
+    from rankwise.studyfile import read_study
+
+    store = Store(results, read_study(study, tuple(overrides or ())).config.name)
     from rankwise.terminal import print_status
 
-    file = read_study(study, tuple(overrides or ()))
-    print_status(Store(results, file.config.name), study)
+    print_status(store, study)
 
 
 @study_app.command("validate")
 def study_validate(study: StudyPath, results: Results = RESULTS, overrides: Set = None) -> None:
     """Report every fault of a study file at once, then what the study will take."""
-    from rankwise.study import open_study
+    opened = _open(study, results, overrides)
     from rankwise.terminal import print_design
 
-    print_design(open_study(study, results, tuple(overrides or ())))
+    print_design(opened)
 
 
 @study_app.command("schema")
@@ -188,45 +202,74 @@ def study_schema() -> None:
     print(json.dumps(StudyConfig.model_json_schema(), indent=2))
 
 
+def _open(path: Path, results: Path, overrides: list[str] | None, arm: str | None = None) -> Study:
+    """Open a study. What is wrong with its file is told at once, before PyTorch is loaded."""
+    from rankwise.store import Store
+    from rankwise.studyfile import read_study
+
+    file = read_study(path, tuple(overrides or ()))
+    if arm is not None:
+        file.need_arm(arm)
+    Store(results, file.config.name)
+    from rankwise.study import open_study
+
+    return open_study(path, results, tuple(overrides or ()))
+
+
 def main() -> None:
     """Run the command line; a person's mistakes end in one message and exit code 2."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")  # theirs to mend
     try:
-        app(standalone_mode=True)
+        code = app(standalone_mode=False)
+        if code == STOPPED:  # the interrupt itself ends inside of typer
+            raise KeyboardInterrupt
+        sys.exit(code)
     except RankwiseError as error:
         _fail(str(error))
+    except USAGE_ERROR as error:
+        if text := error.format_message().rstrip("."):  # without one, the help has been printed
+            _fail(f"{text}. See `{error.ctx.command_path} --help`." if error.ctx else f"{text}.")
+        sys.exit(2)
     except KeyboardInterrupt:
-        _fail("stopped. Nothing finished is lost; the same command resumes.", code=130)
+        _fail("stopped. Nothing finished is lost; the same command resumes.", code=STOPPED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader went away; end in silence
         sys.exit(1)
-    except OSError as error:
+    except Exception as error:
         message = _system_fault(error)
         if message is None:
             raise
         _fail(message)
 
 
-def _system_fault(error: OSError) -> str | None:
+def _system_fault(error: Exception) -> str | None:
     """Return the sentence for a fault of the disk, or None where the error is a bug of ours."""
-    where = error.filename or "the results or cache folder"
+    # safetensors, tokenizers and shutil.copytree raise errors of their own, with the system's in the text
+    said = re.search(r"(?:\(os error |\[Errno )(\d+)", str(error))
+    number = getattr(error, "errno", None) or (int(said[1]) if said else None)
     faults: dict[Any, str] = {
         errno.ENOSPC: "the disk is full",
         errno.EDQUOT: "the disk quota is used up",
-        errno.EFBIG: "the file is larger than is allowed",
+        errno.EFBIG: "the file would be larger than is allowed",
         errno.EROFS: "the folder is read-only",
         errno.EACCES: "permission is denied",
         errno.EPERM: "permission is denied",
         errno.ENOTDIR: "a file stands where a folder is needed",
+        errno.EEXIST: "a file stands where a folder is needed",
+        errno.EISDIR: "a folder stands where a file is needed",
+        errno.ENAMETOOLONG: "the path is too long",
+        errno.EIO: "the disk reports an error",
     }
-    if error.errno not in faults:
+    if number not in faults:
         return None
+    notes = getattr(error, "__notes__", None)
+    where = getattr(error, "filename", None) or (notes[-1] if notes else "the results or cache folder")
     return (
-        f"cannot write {where}: {faults[error.errno]}. Finished runs are safe; make room, or choose another "
+        f"cannot write {where}: {faults[number]}. Finished runs are safe; mend that, or choose another "
         "folder with --results or RANKWISE_CACHE, and the same command goes on."
     )
 
 
 def _fail(message: str, code: int = 2) -> None:
-    print(f"rankwise: {message}", file=sys.stderr)
+    print("rankwise: " + "\n".join(map(visible, message.split("\n"))), file=sys.stderr)
     sys.exit(code)

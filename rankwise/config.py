@@ -40,9 +40,19 @@ def _share(value: Any) -> Any:
     return value
 
 
-Share = Annotated[float, BeforeValidator(_share)]
-Count = Annotated[int, Field(ge=1)]
-Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+def _not_boolean(value: Any) -> Any:
+    """Refuse true and false, which Python would take for 1 and 0."""
+    if isinstance(value, bool):
+        raise ValueError("must be a number")
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_not_boolean), Field(allow_inf_nan=False)]
+Share = Annotated[Number, BeforeValidator(_share)]
+Whole = Annotated[int, Field(strict=True)]
+Count = Annotated[Whole, Field(ge=1)]
+Rate = Annotated[Number, Field(gt=0)]
+Below1 = Annotated[Number, Field(ge=0, lt=1)]
 Targets = str | tuple[str, ...]
 
 
@@ -56,7 +66,7 @@ class ScaleRule(Frozen):
     """
 
     rule: Literal["constant", "rslora", "alpha"] = "constant"
-    value: float = Field(default=2.0, gt=0, allow_inf_nan=False)
+    value: Number = Field(default=2.0, gt=0)
 
     @model_validator(mode="after")
     def _named_value(self) -> ScaleRule:
@@ -93,8 +103,8 @@ class DataConfig(Frozen):
     test: Count = Field(
         default=400, description="rows that reporting runs are scored on, common to all seeds"
     )
-    reserved: int = Field(default=250, ge=0, description="rows that only a confirmatory study opens, once")
-    max_length: Annotated[int, Field(ge=8)] = Field(
+    reserved: Whole = Field(default=250, ge=0, description="rows that only a confirmatory study opens, once")
+    max_length: Annotated[Whole, Field(ge=8)] = Field(
         default=256, description="tokens per example; responses are cut"
     )
     prompt: Literal["auto", "chat", "human"] = Field(
@@ -121,32 +131,34 @@ class TrainConfig(Frozen):
     learning_rates: Annotated[tuple[Rate, ...], Field(min_length=1)] = Field(
         description="one rate: used as declared, not tuned. Several: the grid on which each arm is tuned"
     )
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
-    clip: Annotated[float, Field(gt=0)] | None = Field(
+    weight_decay: Annotated[Number, Field(ge=0)] = 0.0
+    betas: tuple[Below1, Below1] = (0.9, 0.999)
+    clip: Annotated[Number, Field(gt=0)] | None = Field(
         default=1.0, description="gradient norm limit; null for none"
     )
-    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.0, description="on the adapters' inputs")
+    dropout: Below1 = Field(default=0.0, description="on the adapters' inputs")
     dtype: Literal["auto", "fp32", "bf16"] = Field(
         default="auto", description="of the frozen weights; auto is bf16 where the processor has it"
     )
     gradient_checkpointing: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: Count | None = Field(default=None, description="CPU threads; null takes what PyTorch finds")
+    threads: Annotated[Count, Field(le=1024)] | None = Field(
+        default=None, description="CPU threads; null takes what PyTorch finds"
+    )
 
 
 class SeedsConfig(Frozen):
     """How many seeds choose the learning rate, and how many are reported. They never overlap."""
 
-    tuning: int = Field(default=2, ge=0)
-    reporting: Count = 8
+    tuning: Whole = Field(default=2, ge=0, le=1000)
+    reporting: Annotated[Count, Field(le=1000)] = 8  # tuning seeds are counted from 1000
 
 
 class ArmConfig(Frozen):
     """One strategy with its budget, scale rule and learning-rate policy."""
 
     strategy: str
-    budget: str | int | None = Field(
+    budget: Annotated[str | int | None, BeforeValidator(_not_boolean)] = Field(
         default=None, description='trainable parameters: "r=8", "1.2M", "0.5%", 300000'
     )
     match: Literal["budget", "none"] = Field(
@@ -155,11 +167,11 @@ class ArmConfig(Frozen):
     targets: Targets | None = Field(default=None, description="overrides the study's targets for this arm")
     scale: ScaleRule | None = Field(default=None, description="overrides the study's scale rule")
     learning_rate: Rate | None = Field(default=None, description="fixes this arm's rate instead of tuning it")
-    base: int | None = Field(default=None, description="the formulas' base rank")
-    min: int | None = Field(default=None, description="the formulas' lowest rank")
-    max: int | None = Field(default=None, description="the formulas' highest rank")
+    base: Whole | None = Field(default=None, description="the formulas' base rank")
+    min: Whole | None = Field(default=None, description="the formulas' lowest rank")
+    max: Whole | None = Field(default=None, description="the formulas' highest rank")
     of: str | None = Field(default=None, description="reversed: the strategy whose layers are mirrored")
-    ranks: dict[str, int] | list[int] | str | None = Field(
+    ranks: dict[str, Whole] | list[Whole] | str | None = Field(
         default=None, description="custom: ranks per layer, module or kind, or a JSON file that holds them"
     )
 
@@ -201,7 +213,7 @@ class StudyConfig(Frozen):
 
     def pairs(self) -> list[tuple[str, str]]:
         """The declared contrasts as (arm, against)."""
-        split = (re.split(r"\s+vs\s+", text.strip()) for text in self.contrasts)
+        split = (re.split(r"\s+vs\s+", text.strip(), maxsplit=1) for text in self.contrasts)
         return [(p[0], p[1] if len(p) == 2 else str(self.baseline)) for p in split]
 
 
@@ -235,7 +247,7 @@ def cross_faults(study: StudyConfig) -> list[Fault]:
         )
     for index, (arm, against) in enumerate(study.pairs()):
         for name in (arm, against):
-            if name not in study.arms and study.baseline is not None:
+            if name not in study.arms and name != str(study.baseline):  # that one is told above
                 faults.append(Fault(("contrasts", index), _no_arm(name, arms)))
         if arm == against:
             faults.append(Fault(("contrasts", index), f"an arm cannot be compared with itself: {arm!r}."))

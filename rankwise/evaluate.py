@@ -12,7 +12,7 @@ import torch
 
 from rankwise.data import Example
 from rankwise.engine.batches import micro_batches
-from rankwise.engine.plain import score
+from rankwise.engine.plain import first_not_finite, score
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,11 @@ def evaluate(
     finally:
         model.train(was_training)
     if not np.isfinite(columns["nll"]).all():
-        bad = rows[int(np.flatnonzero(~np.isfinite(columns["nll"]))[0])].row_hash
-        raise FloatingPointError(f"the loss of row {bad[:12]} is not finite")
+        unscored = rows[int(np.flatnonzero(~np.isfinite(columns["nll"]))[0])]
+        module = first_not_finite(model, [unscored])
+        raise FloatingPointError(
+            f"the loss of row {unscored.row_hash[:12]} is not finite; the first bad output is of {module}"
+        )
     return Evaluation(_metrics(rows, columns), _columns(rows, columns))
 
 

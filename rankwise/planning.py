@@ -7,16 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
-from rankwise import models
 from rankwise.config import ScaleRule
 from rankwise.errors import RankwiseError
-from rankwise.inventory import inventory
 from rankwise.plans import RankPlan
-from rankwise.strategies import allocate
-from rankwise.studyfile import read_ranks
+from rankwise.strategies import allocate, resolve
+from rankwise.studyfaults import check_form
+from rankwise.studyfile import read_ranks, yaml_value
 
 
 @dataclass(frozen=True)
@@ -55,6 +53,19 @@ def plan_from_source(
     Raises:
         RankwiseError: for any argument that breaks its rule.
     """
+    rule, settings = parse_scale(scale), parse_options(options or ())
+    resolve(strategy, settings, seed)
+    if budget is not None:
+        if match == "none":
+            raise RankwiseError(
+                f"--match none keeps the formula's own ranks, so --budget {budget} would be ignored; "
+                "leave one of them out."
+            )
+        check_form(budget)
+    # Here, so that a mistyped argument is told at once: these two load PyTorch.
+    from rankwise import models
+    from rankwise.inventory import inventory
+
     found = inventory(models.skeleton(source), accept_unreachable=accept_unreachable)
     chosen = found.select("all" if not targets else targets[0] if len(targets) == 1 else list(targets))
     plan = allocate(
@@ -62,8 +73,8 @@ def plan_from_source(
         strategy=strategy,
         budget=budget,
         match=match,  # type: ignore[arg-type]
-        scale=parse_scale(scale),
-        options=parse_options(options or ()),
+        scale=rule,
+        options=settings,
         seed=seed,
         model=source,
     )
@@ -72,9 +83,9 @@ def plan_from_source(
 
 def parse_scale(text: str) -> ScaleRule:
     """Read "rule:value", such as "constant:2"."""
-    rule, _, value = text.partition(":")
+    rule, colon, value = text.partition(":")
     try:
-        return ScaleRule.model_validate({"rule": rule, **({"value": value} if value else {})})
+        return ScaleRule.model_validate({"rule": rule, **({"value": value} if colon else {})})
     except ValidationError as error:
         raise RankwiseError(
             f"--scale is rule:value with the rule constant, rslora or alpha and a value above 0, such as "
@@ -89,7 +100,7 @@ def parse_options(texts: Sequence[str]) -> dict[str, Any]:
         key, equals, value = text.partition("=")
         if not equals or not key:
             raise RankwiseError(f"--option takes key=value, such as base=16; got {text!r}.")
-        options[key] = yaml.safe_load(value)
+        options[key] = yaml_value(f"--option {key}", value)
         if key == "ranks" and isinstance(options[key], str):
-            options[key] = read_ranks(Path(value), "--option ranks")
+            options[key] = read_ranks(Path(value))
     return options

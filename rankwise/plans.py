@@ -19,7 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from rankwise.config import Frozen, ScaleRule, Targets
-from rankwise.errors import RankwiseError
+from rankwise.errors import RankwiseError, visible
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -199,12 +199,13 @@ class RankPlan(Frozen):
     def table(self) -> Table:
         """Return the plan as a table: a row per layer, a column per part, parameters at the edges."""
         parts = list(dict.fromkeys(module.part for module in self.modules))
-        title = escape(f"{self.strategy} on {self.model}")
+        title = escape(visible(f"{self.strategy} on {self.model}"))
         table = Table(title=title, caption=escape(self._caption()), box=SIMPLE_HEAD, padding=(0, 1))
         table.show_footer = True
         table.add_column("layer", footer="all", justify="right", no_wrap=True)
         for part in parts:
-            table.add_column(escape(part), footer=short(self._sum(part=part)), justify="right", no_wrap=True)
+            footer = short(self._sum(part=part))
+            table.add_column(escape(visible(part)), footer=footer, justify="right", no_wrap=True)
         table.add_column("params", footer=short(self.parameters), justify="right", no_wrap=True)
         for layer in sorted({module.layer for module in self.modules}):
             cells = [self._cell(layer, part) for part in parts]

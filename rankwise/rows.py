@@ -307,7 +307,7 @@ def _load(text: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        return RejectRow(f"not valid JSON: {error.msg} at column {error.colno}")
+        return RejectRow(f"not valid JSON: {error.msg.removesuffix(' at')} at column {error.colno}")
     except RecursionError:
         return RejectRow("not readable JSON: nested too deep")
     except ValueError:
@@ -347,7 +347,7 @@ def _array(path: Path, text: str) -> Iterator[tuple[int, Any]]:
         if text[at + 1 :].strip():
             raise json.JSONDecodeError("text after the closing ]", text, _skip(text, at + 1))
     except json.JSONDecodeError as error:
-        where = f"line {error.lineno}, column {error.colno}: {error.msg}"
+        where = f"line {error.lineno}, column {error.colno}: {error.msg.removesuffix(' at')}"
         raise RankwiseError(f"The JSON array in {path} does not parse at {where}.") from error
     except (RecursionError, ValueError) as error:
         why = "nested too deep" if isinstance(error, RecursionError) else "a number is too long"

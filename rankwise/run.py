@@ -105,13 +105,15 @@ def execute(
     """Do the run (or what is left of it) and write its record; return its status, done or failed.
 
     The caller holds the run's claim. A run whose loss stops being finite is recorded as failed, with the
-    step, the reason and the last good metrics. Anything else that goes wrong leaves the run pending.
+    step, the reason, the module and the last good metrics. Anything else that goes wrong leaves the run
+    pending.
     """
     folder = store.partial(run.run_id)
     folder.mkdir(parents=True, exist_ok=True)
     machine.reset_peak_memory(context.device)
     started = time.time()
     staged = store.stage(run.run_id)
+    log = folder / "metrics.jsonl"
     parts: dict[str, Any]
     try:
         if run.role == "untouched":
@@ -123,8 +125,11 @@ def execute(
         failure = {"step": error.step, "reason": error.reason, "last_metrics": error.last}
         parts = {"status": "failed", "metrics": {}, "failure": failure}
     except FloatingPointError as error:
-        parts = {"status": "failed", "metrics": {}, "failure": {"step": None, "reason": str(error)}}
-    _write_record(run, context, staged, parts, arm=arm, started=started, log=folder / "metrics.jsonl")
+        steps = read_log(log) if log.exists() else []
+        last = steps[-1] if steps else None
+        failure = {"step": len(steps), "reason": f"in evaluation, {error}", "last_metrics": last}
+        parts = {"status": "failed", "metrics": {}, "failure": failure}
+    _write_record(run, context, staged, parts, arm=arm, started=started, log=log)
     store.finish(run.run_id, staged)
     return parts["status"]
 
@@ -140,11 +145,12 @@ def _train_and_score(
     plan = plan_for(run, context.inventory, context.base.source)
     plan.save(staged / "plan.json")
     rows = training_rows(context.prepared, run.seed, run.train_rows)
+    was_training = context.base.model.training
     adapted = adapters.attach(context.base.model, plan, seed=run.seed, dropout=run.train.dropout)
     try:
         if run.train.gradient_checkpointing:
-            adapted.enable_input_require_grads()
-            adapted.gradient_checkpointing_enable()
+            # not reentrant, so that the frozen input needs no gradient; Transformers asks for it regardless
+            adapted.gradient_checkpointing_enable({"use_reentrant": False})
         trained = train_adapters(
             adapted,
             optimizer_steps(rows, run.train, run.seed),
@@ -162,7 +168,7 @@ def _train_and_score(
         if run.train.gradient_checkpointing:
             adapted.gradient_checkpointing_disable()
             adapted.disable_input_require_grads()
-        adapters.detach(adapted)
+        adapters.detach(adapted).train(was_training)
     return parts | {"trained": trained}
 
 

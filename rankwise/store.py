@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,8 +38,11 @@ class Store:
 
     def _check_format(self) -> None:
         marker = self.folder / "store.json"
-        if self.folder.exists() and not self.folder.is_dir():
-            raise RankwiseError(f"the results folder {self.folder} is a file; choose another with --results.")
+        there = next((place for place in (self.folder, *self.folder.parents) if place.exists()), None)
+        if there is not None and not there.is_dir():
+            raise RankwiseError(
+                f"no results can lie in {self.folder}: {there} is a file. Choose another with --results."
+            )
         if not marker.exists():
             if self.runs.is_dir() and any(self.runs.iterdir()):
                 raise RankwiseError(
@@ -58,12 +61,22 @@ class Store:
             )
 
     def open(self) -> None:
-        """Create the folders and the format marker; nothing is touched when they exist."""
+        """Create the folders and the format marker; drop what a killed process left of finished runs."""
         self.runs.mkdir(parents=True, exist_ok=True)
         for name in (".partial", ".locks"):
             (self.results / name).mkdir(exist_ok=True)
         if not (self.folder / "store.json").exists():
             write_json(self.folder / "store.json", {"format": FORMAT})
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """Remove the partial folders of runs that are finished and in nobody's hands."""
+        for folder in (self.results / ".partial").iterdir():
+            run_id = folder.name.partition(".")[0]
+            if self.has(run_id):
+                with self.claim(run_id) as free:
+                    if free:
+                        shutil.rmtree(folder, ignore_errors=True)
 
     # --- one run ---------------------------------------------------------------------------
 
@@ -90,6 +103,9 @@ class Store:
             return
         try:
             yield True
+        except Exception as error:
+            error.add_note(f"run {run_id} in {self.partial(run_id)}")
+            raise
         finally:
             lock.release()
 
@@ -99,8 +115,11 @@ class Store:
             return self.record(run_id)["status"]
         if not (self.results / ".locks" / f"{run_id}.lock").exists():
             return "pending"
-        with self.claim(run_id) as free:
-            return "pending" if free else "running"
+        try:
+            with self.claim(run_id) as free:
+                return "pending" if free else "running"
+        except OSError:  # nobody works on records that cannot be written
+            return "pending"
 
     def record(self, run_id: str) -> dict[str, Any]:
         """Return a finished run's `result.json`.
@@ -108,23 +127,33 @@ class Store:
         Raises:
             RankwiseError: when the record cannot be read (it was edited or damaged by hand).
         """
-        path = self.path(run_id) / "result.json"
-        try:
-            return json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise RankwiseError(
-                f"{path} cannot be read ({error}); delete the folder {path.parent} to run it again."
-            ) from None
+        return self._part(run_id, "result.json", ("status", "train_info"))
+
+    def plan(self, run_id: str) -> dict[str, Any] | None:
+        """Return a finished run's `plan.json`, or None where there is none (the untouched model).
+
+        Raises:
+            RankwiseError: when it cannot be read.
+        """
+        there = (self.path(run_id) / "plan.json").exists()
+        return self._part(run_id, "plan.json", ("ranks",)) if there else None
+
+    def _part(self, run_id: str, name: str, keys: tuple[str, ...]) -> dict[str, Any]:
+        folder = self.path(run_id)
+        return read_json(folder / name, keys, f"Delete the folder {folder} to run it again.")
 
     def adopt(self, run_id: str) -> bool:
-        """Copy the record from another study of this results folder, if one has it."""
+        """Copy the record from another study of this results folder, if one has it and it did not fail."""
         for other in sorted(self.results.glob(f"*/runs/{run_id}/result.json")):
+            if read_json(other, ("status",), f"Delete the folder {other.parent}.")["status"] != "done":
+                continue
             aside = self.partial(f"{run_id}.adopt-{os.getpid()}")
-            shutil.copytree(other.parent, aside, dirs_exist_ok=True)
             try:
-                aside.rename(self.path(run_id))
-            except OSError:
-                shutil.rmtree(aside, ignore_errors=True)  # another process was first: its copy is equal
+                shutil.copytree(other.parent, aside, dirs_exist_ok=True)
+                with suppress(OSError):  # another process was first: its copy is equal
+                    aside.rename(self.path(run_id))
+            finally:
+                shutil.rmtree(aside, ignore_errors=True)
             return True
         return False
 
@@ -149,11 +178,30 @@ class Store:
         shutil.rmtree(self.path(run_id), ignore_errors=True)
 
 
+def read_json(path: Path, keys: tuple[str, ...], remedy: str) -> dict[str, Any]:
+    """Return a JSON object that rankwise wrote, with at least these keys.
+
+    Raises:
+        RankwiseError: when it was edited or damaged by hand; the text ends in the remedy.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise RankwiseError(f"{path} cannot be read ({error}). {remedy}") from None
+    if missing := [key for key in keys if not isinstance(found, dict) or key not in found]:
+        raise RankwiseError(f"{path} is damaged: it holds no {' and no '.join(missing)}. {remedy}")
+    return found
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically: a reader sees the old file or the new one, never a part."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         aside.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
         aside.replace(path)
+    except OSError as error:
+        error.filename = str(path)  # a full disk has no name of its own
+        raise
     finally:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):  # on a read-only disk even the removal of what is not there fails
+            aside.unlink(missing_ok=True)

@@ -5,79 +5,24 @@ Several processes may work on one study: each claims runs, and takes over those 
 
 from __future__ import annotations
 
-import json
+import math
 import time
 from pathlib import Path
 from typing import Any
 
-from rankwise import data, machine, models, rows, sources
-from rankwise.config import ArmConfig, Fault, StudyConfig, digest
-from rankwise.errors import RankwiseError, one_of
-from rankwise.grid import Grid, Planned, Study, grid, run_config
+from rankwise import machine, models, sources
+from rankwise.config import Fault, StudyConfig, digest
+from rankwise.errors import RankwiseError
+from rankwise.grid import FIRST_TUNING_SEED, Grid, Planned, Study, grid, run_config
 from rankwise.inventory import inventory
+from rankwise.observer import Observer
 from rankwise.run import Context, execute, plan_for, work_of
-from rankwise.store import Store, write_json
-from rankwise.strategies import resolve
-from rankwise.studyfile import StudyFile, faults_error, load_study
+from rankwise.store import Store, read_json, write_json
+from rankwise.studydata import prepare_data, read_data
+from rankwise.studyfaults import gather
+from rankwise.studyfile import read_study
 
 WAIT_SECONDS = 1.0
-
-
-class Observer:
-    """What a study tells while it works. This one is silent; `terminal.StudyProgress` draws."""
-
-    def grid(self, grid: Grid, store: Store, work: dict[str, int]) -> None:
-        """Hear the list of runs, which may have grown, and the work of each by run id."""
-
-    def started(self, planned: Planned, work: int) -> None:
-        """Hear that a run begins."""
-
-    def work(self, units: int) -> None:
-        """Hear that this much of the present run's work is done."""
-
-    def finished(self, planned: Planned, status: str) -> None:
-        """Hear that a run has ended, done or failed."""
-
-    def waiting(self, runs: int) -> None:
-        """Hear that all pending runs are in other processes' hands."""
-
-
-def read_study(path: Path, overrides: tuple[str, ...] = ()) -> StudyFile:
-    """Read a study file and check everything that needs neither model nor data."""
-    return load_study(path, overrides, check=arm_faults)
-
-
-def arm_faults(tree: dict[str, Any]) -> list[Fault]:
-    """Return the faults of a raw study's strategies: unknown ones, options they do not take."""
-    arms = tree.get("arms")
-    common = ArmConfig.model_fields.keys() - {"base", "min", "max", "of", "ranks"}
-    faults = []
-    for name, arm in arms.items() if isinstance(arms, dict) else ():
-        if not isinstance(arm, dict) or not isinstance(arm.get("strategy"), str):
-            continue  # the schema says so
-        options = {k: v for k, v in arm.items() if k in ArmConfig.model_fields and k not in common}
-        try:
-            resolve(arm["strategy"], options)
-        except RankwiseError as error:
-            faults.append(Fault(("arms", name), str(error)))
-    return faults
-
-
-def prepare_data(file: StudyFile, tokenizer: Any) -> data.Prepared:
-    """Fetch, read, tokenise and split the study's rows."""
-    wanted = file.config.data
-    found = sources.fetch(wanted.source, kind="data", relative_to=file.path.parent)
-    return data.prepare(
-        rows.read_rows(found.path),
-        tokenizer,
-        train=wanted.train,
-        validation=wanted.validation,
-        test=wanted.test,
-        reserved=wanted.reserved,
-        max_length=wanted.max_length,
-        prompt=wanted.prompt,
-        source=wanted.source,
-    )
 
 
 def open_study(path: Path, results: Path, overrides: tuple[str, ...] = ()) -> Study:
@@ -85,24 +30,32 @@ def open_study(path: Path, results: Path, overrides: tuple[str, ...] = ()) -> St
 
     Raises:
         RankwiseError: for any fault of the file, a source that cannot be had, or a plan that cannot be
-            made; all such faults at once where they are independent.
+            made, each with its line; the cheap ones come first, and those of all arms at once.
     """
     file = read_study(path, overrides)
     config = file.config
     store = Store(results, config.name)
-    device = machine.device_for(config.train)
+    faults: list[Fault] = []
+    with gather(faults, "data", "source"):
+        found = read_data(file)
+    with gather(faults, "model"):
+        sources.fetch(config.model, kind="model", relative_to=path.parent)
+    with gather(faults, "train", "device"):
+        device = machine.device_for(config.train)
+    file.refuse(faults)
     dtype, threads = machine.dtype_for(config.train, device), machine.threads_for(config.train)
-    base = models.load(config.model, dtype, device, path.parent)
-    prepared = prepare_data(file, base.tokenizer)
-    if config.confirmatory and not prepared.splits.reserved:
-        raise faults_error(
-            path, file.lines, [Fault(("confirmatory",), "there are no reserved rows to open.")]
-        )
-    found = inventory(base.model, accept_unreachable=config.accept_unreachable)
-    context = Context(config, base, prepared, found, device, dtype, threads)
+    machine.keep_freed_memory()
+    with file.at("model"):
+        base = models.load(config.model, dtype, device, path.parent)
+        modules = inventory(base.model, accept_unreachable=config.accept_unreachable)
+    with file.at("data"):
+        prepared = prepare_data(file, found, base.tokenizer)
+    context = Context(config, base, prepared, modules, device, dtype, threads)
     study = Study(file, context, store)
-    if faults := plan_faults(study):
-        raise faults_error(path, file.lines, faults)
+    faults = plan_faults(study)
+    if config.confirmatory and not prepared.splits.reserved:
+        faults.append(Fault(("confirmatory",), "there are no reserved rows to open; give data.reserved."))
+    file.refuse(faults)
     return study
 
 
@@ -174,8 +127,14 @@ def _do(study: Study, planned: Planned, observer: Observer, checkpoint_seconds: 
 
 def train_one(study: Study, arm: str, seed: int, rate: float | None, observer: Observer) -> Planned:
     """Do one reporting run; the rate is the arm's tuned or declared one unless given."""
-    if arm not in study.config.arms:
-        raise RankwiseError(one_of("--arm", arm, study.config.arms))
+    study.file.need_arm(arm)
+    if not 0 <= seed < FIRST_TUNING_SEED:
+        raise RankwiseError(
+            f"--seed is a reporting seed, from 0 to {FIRST_TUNING_SEED - 1} (tuning seeds count from "
+            f"{FIRST_TUNING_SEED}); got {seed}."
+        )
+    if rate is not None and not 0 < rate < math.inf:
+        raise RankwiseError(f"--rate is a learning rate above 0, such as 0.001; got {rate}.")
     rate = rate or grid(study).rates[arm]["rate"]
     if rate is None:
         raise RankwiseError(
@@ -184,6 +143,7 @@ def train_one(study: Study, arm: str, seed: int, rate: float | None, observer: O
         )
     study.store.open()
     _open_reserved(study)
+    _declare(study)
     planned = Planned(arm, "reporting", seed, rate, run_config(study, arm, "reporting", seed, rate))
     while not study.store.has(planned.run_id):
         if not _do(study, planned, observer, 30.0):
@@ -224,6 +184,7 @@ def declaration(config: StudyConfig) -> dict[str, Any]:
         "margin": config.margin,
         "baseline": config.baseline,
         "contrasts": list(config.contrasts),
+        "seeds": config.seeds.reporting,  # adding seeds until something shows is exploring too
     }
 
 
@@ -236,20 +197,23 @@ def _declare(study: Study) -> None:
 
 def _declared(study: Study) -> Any:
     path = study.store.folder / "declared.json"
-    return json.loads(path.read_text()) if path.exists() else declaration(study.config)
+    remedy = "Restore it, or delete it to declare anew what the study file says now."
+    return read_json(path, (), remedy) if path.exists() else declaration(study.config)
 
 
 def _open_reserved(study: Study) -> None:
-    """Note that this study opens the reserved rows of its data; refuse if another has."""
+    """Note that this study opens the reserved rows of its data; refuse if another has seen any of them."""
     if not study.config.confirmatory:
         return
-    rows_opened = digest(sorted(row.row_hash for row in study.context.prepared.splits.reserved))
-    path = study.store.results / f"reserved-{rows_opened}.json"
-    mine = {"study": study.config.name, "config": digest(study.config.model_dump(mode="json"))}
-    opened = json.loads(path.read_text()) if path.exists() else mine
-    if opened != mine:
-        raise RankwiseError(
-            f"the reserved rows of this data were opened before, by study {opened.get('study')!r} ({path}); "
-            "rows that have been seen cannot confirm a second time."
-        )
-    write_json(path, mine)
+    rows = sorted(row.row_hash for row in study.context.prepared.splits.reserved)
+    config = digest(study.config.model_dump(mode="json"))
+    mine = {"study": study.config.name, "config": config, "rows": rows}
+    remedy = "It notes which study has seen the reserved rows: restore it."
+    for path in sorted(study.store.results.glob("reserved-*.json")):
+        opened = read_json(path, ("study", "config", "rows"), remedy)
+        if opened != mine and not set(rows).isdisjoint(opened["rows"]):
+            raise RankwiseError(
+                f"the reserved rows of this data were opened before, by study {opened['study']!r} ({path}); "
+                "rows that have been seen cannot confirm a second time."
+            )
+    write_json(study.store.results / f"reserved-{digest(rows)}.json", mine)

@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 import json
-import re
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
 
-from rankwise.config import (
-    ArmConfig,
-    DataConfig,
-    Fault,
-    ScaleRule,
-    SeedsConfig,
-    StudyConfig,
-    TrainConfig,
-    cross_faults,
-)
-from rankwise.errors import RankwiseError, did_you_mean
+from rankwise.config import Fault, StudyConfig
+from rankwise.errors import RankwiseError, did_you_mean, one_of, visible
+from rankwise.sources import parse
+from rankwise.studyfaults import KeyPath, check, gather
+
+GIVEN = 0
+"""Stands for a line where `--set` gave the value."""
 
 
 @dataclass(frozen=True)
@@ -32,200 +26,215 @@ class StudyFile:
 
     path: Path
     config: StudyConfig
-    lines: dict[tuple[str | int, ...], int]
+    lines: dict[KeyPath, int]
 
-    def line(self, path: tuple[str | int, ...]) -> int | None:
-        """Return the 1-based line of a key path, or of its nearest ancestor."""
-        for end in range(len(path), 0, -1):
-            if path[:end] in self.lines:
-                return self.lines[path[:end]]
-        return None
+    def refuse(self, faults: list[Fault]) -> None:
+        """Raise one error for all these faults, if there are any."""
+        if faults:
+            raise faults_error(self.path, self.lines, faults)
+
+    @contextmanager
+    def at(self, *path: str | int) -> Iterator[None]:
+        """Put the file's line before what goes wrong because of this key."""
+        faults: list[Fault] = []
+        with gather(faults, *path):
+            yield
+        self.refuse(faults)
+
+    def need_arm(self, name: str) -> None:
+        """Raise unless the study has an arm of this name, which came from the command line."""
+        if name not in self.config.arms:
+            raise RankwiseError(one_of("--arm", name, self.config.arms))
 
 
-def load_study(
-    path: str | Path,
-    overrides: tuple[str, ...] = (),
-    *,
-    check: Callable[[dict[str, Any]], list[Fault]] = lambda tree: [],
-) -> StudyFile:
-    """Read, check and freeze a study file; `overrides` are dotted `key=value` texts.
+def read_study(path: str | Path, overrides: tuple[str, ...] = ()) -> StudyFile:
+    """Read, check and freeze a study file: everything that needs neither its model nor its data.
 
-    `check` adds the faults of rooms that this one may not import (the strategies' own options).
+    Args:
+        path: of the YAML file.
+        overrides: dotted `key=value` texts, which replace what the file says.
 
     Raises:
         RankwiseError: all faults of the file at once, each with its line.
     """
     path = Path(path)
-    tree, lines = _read_yaml(path)
+    tree, lines, faults = _read_yaml(path)
     for text in overrides:
-        _override(tree, text)
-        key = tuple(text.partition("=")[0].strip().split("."))
-        lines = {k: v for k, v in lines.items() if k[: len(key)] != key}
-    tree = _inline_rank_files(tree, path.parent)
-    faults = check(tree)
-    try:
-        config = StudyConfig.model_validate(tree)
-    except ValidationError as error:
-        faults += [_pydantic_fault(e, tree) for e in error.errors()]
-        faults += _remaining_faults(tree, error)
-        raise faults_error(path, lines, faults) from None
-    study = StudyFile(path, config, lines)
-    if faults := faults + cross_faults(config):
-        raise faults_error(path, lines, faults)
-    return study
+        key = _override(tree, text)
+        lines = {k: v for k, v in lines.items() if k[: len(key)] != key} | {key: GIVEN}
+    _inline_rank_files(tree, path.parent, faults)
+    _check_sources(tree, path.parent, faults)
+    config, found = check(tree)
+    if config is None or found or faults:
+        raise faults_error(path, lines, faults + found)
+    return StudyFile(path, config, lines)
 
 
-def _remaining_faults(tree: dict[str, Any], error: ValidationError) -> list[Fault]:
-    """Return the faults between fields of a file that has faults within fields, as far as can be told.
-
-    The faulty keys are left out, so that their defaults stand in for them.
-    """
-    rest = copy.deepcopy(tree)
-    for fault in error.errors():
-        *parents, last = _clean_path(fault["loc"], tree) or ("",)
-        group: Any = rest
-        for part in parents:
-            group = group[part] if isinstance(group, dict) else {}
-        if isinstance(group, dict):
-            group.pop(last, None)
-    try:
-        return cross_faults(StudyConfig.model_validate(rest))
-    except ValidationError:
-        return []  # a required key is missing: nothing can be said of its partners
-
-
-def faults_error(path: Path, lines: dict[tuple[str | int, ...], int], faults: list[Fault]) -> RankwiseError:
+def faults_error(path: Path, lines: dict[KeyPath, int], faults: list[Fault]) -> RankwiseError:
     """Return one error that lists every fault as `file:line: key: rule`, in the file's order."""
-    finder = StudyFile(path, None, lines)  # type: ignore[arg-type]
-    rows = sorted({(finder.line(f.path) or 0, ".".join(str(p) for p in f.path), f.message) for f in faults})
-    text = [f"{path}:{line or '?'}: {key + ': ' if key else ''}{message}" for line, key, message in rows]
-    head = f"{len(rows)} fault{'s' if len(rows) > 1 else ''} in {path}"
-    return RankwiseError("\n  ".join([head, *text]))
+    rows = sorted({(_line(lines, f.path), ".".join(map(str, f.path)), f.message) for f in faults})
+    text = []
+    for line, key, message in rows:
+        place = "--set" if line == GIVEN else f"{path}:{line}:"
+        text.append(visible(f"{place} {key + ': ' if key else ''}{message}"))
+    head = [f"{len(rows)} faults in {path}"] if len(rows) > 1 else []
+    return RankwiseError("\n  ".join(head + text))
 
 
-def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str | int, ...], int]]:
-    """Return the file's mapping and the line of each key path."""
+def _line(lines: dict[KeyPath, int], path: KeyPath) -> int:
+    """Return the line of a key path, or of its nearest ancestor, or the first."""
+    return next((lines[path[:end]] for end in range(len(path), 0, -1) if path[:end] in lines), 1)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader; keys are text as they are written, so that an arm may be called 8 or yes."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """Return a mapping with its merges (`<<`) resolved."""
+        if isinstance(node, yaml.MappingNode):
+            self.flatten_mapping(node)
+            for key, _ in node.value:
+                if isinstance(key, yaml.ScalarNode):
+                    key.tag = "tag:yaml.org,2002:str"
+        return super().construct_mapping(node, deep)
+
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        """Return a value; one that only looks like a date or a number keeps its line in the error."""
+        try:
+            return super().construct_object(node, deep)
+        except ValueError as error:
+            problem = f"{error}; quotes make it text"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
+
+
+def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[KeyPath, int], list[Fault]]:
+    """Return the file's mapping, the line of each key path, and a fault for each key that stands twice."""
+    text = _text(path)
+    lines: dict[KeyPath, int] = {}
+    faults: list[Fault] = []
     try:
-        text = path.read_bytes().decode("utf-8")
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if not isinstance(node, yaml.MappingNode):
+            found = "it is empty" if node is None else "this one holds something else"
+            raise RankwiseError(
+                f"{path}:1: a study file is a mapping of keys (name, model, data, train, arms, ...) to "
+                f"values; {found}. `rankwise study schema` prints the keys."
+            )
+        _find_lines(node, (), lines, faults, set())
+        return loader.construct_document(node), lines, faults
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise RankwiseError(f"{path}:{line}: not text: it holds {chr(int(error.character))!r}.") from None
+    except yaml.YAMLError as error:
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise RankwiseError(f"{where}: not valid YAML: {problem or str(error).splitlines()[0]}.") from None
+    except RecursionError:
+        raise RankwiseError(f"{path}: nested too deep, or within itself, to be a study file.") from None
+
+
+def _text(path: Path) -> str:
+    try:
+        data = path.read_bytes()
     except FileNotFoundError:
         near = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
         raise RankwiseError(f"no study file at {path}.{did_you_mean(path.name, near)}") from None
     except IsADirectoryError:
         raise RankwiseError(f"a study is a YAML file; {path} is a folder.") from None
-    except UnicodeDecodeError as error:
-        raise RankwiseError(f"{path} is not UTF-8 text (byte {error.start}).") from None
+    except (OSError, ValueError) as error:
+        raise RankwiseError(f"the study file {path} cannot be read: {error}.") from None
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        if not isinstance(node, yaml.MappingNode):
-            raise RankwiseError(f"{path}: a study file is a mapping of keys to values; this one holds none.")
-        lines = _lines(node, path)
-        tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise RankwiseError(f"{where}: not valid YAML: {problem}.") from None
-    return tree, lines
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise RankwiseError(
+            f"{path}:{line}: a study is a YAML file in UTF-8; byte {error.start} is not text."
+        ) from None
 
 
-def _lines(node: yaml.Node, file: Path, path: tuple[str | int, ...] = ()) -> dict[tuple[str | int, ...], int]:
-    found: dict[tuple[str | int, ...], int] = {}
+def _find_lines(
+    node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], faults: list[Fault], seen: set[int]
+) -> None:
+    """Fill in the line of every key path below a node; what an alias repeats is looked at once."""
+    if id(node) in seen:
+        return
+    seen.add(id(node))
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
             here = (*path, key.value)
-            line = key.start_mark.line + 1
-            if here in found:
-                raise RankwiseError(
-                    f"{file}:{line}: the key {key.value!r} stands twice (first on line {found[here]})."
-                )
-            found[here] = line
-            found.update(_lines(value, file, here))
+            if here in lines and key.value != "<<":
+                line = key.start_mark.line + 1
+                faults.append(Fault(here, f"this key stands twice, again on line {line}; keep one of them."))
+                continue
+            lines[here] = key.start_mark.line + 1
+            _find_lines(value, here, lines, faults, seen)
     elif isinstance(node, yaml.SequenceNode):
         for index, value in enumerate(node.value):
-            found[(*path, index)] = value.start_mark.line + 1
-            found.update(_lines(value, file, (*path, index)))
-    return found
+            lines[(*path, index)] = value.start_mark.line + 1
+            _find_lines(value, (*path, index), lines, faults, seen)
 
 
-def _override(tree: dict[str, Any], text: str) -> None:
-    """Apply one `--set a.b=value` in place; the value is read as YAML."""
+def _override(tree: dict[str, Any], text: str) -> KeyPath:
+    """Apply one `--set a.b=value` in place and return its key path; the value is read as YAML."""
     key, equals, value = text.partition("=")
-    parts = key.strip().split(".")
+    parts = tuple(key.strip().split("."))
     if not equals or not all(parts):
         raise RankwiseError(f"--set takes key=value, such as data.train=100; got {text!r}.")
-    try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise RankwiseError(f"--set {key}: the value {value!r} is not valid YAML.") from None
+    parsed = yaml_value(f"--set {key}", value)
     for part in parts[:-1]:
         inner = tree.setdefault(part, {})
         if not isinstance(inner, dict):
-            raise RankwiseError(f"--set {key}: {part!r} is not a group of keys.")
+            raise RankwiseError(f"--set {key}: {part!r} is not a group of keys; it is {inner!r:.60}.")
         tree = inner
     tree[parts[-1]] = parsed
+    return parts
 
 
-def _inline_rank_files(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
+def yaml_value(what: str, text: str) -> Any:
+    """Return a value that was given on the command line, read as YAML."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, RecursionError):
+        raise RankwiseError(f"{what}: the value {text!r} is not valid YAML; quotes may be missing.") from None
+
+
+def _check_sources(tree: dict[str, Any], folder: Path, faults: list[Fault]) -> None:
+    """Note sources of a form that is none; whether they can be had is seen when they are fetched."""
+    data = tree.get("data")
+    inner = data.get("source") if isinstance(data, dict) else None
+    for path, text in ((("model",), tree.get("model")), (("data", "source"), inner)):
+        if isinstance(text, str):
+            with gather(faults, *path):
+                parse(text, folder)
+
+
+def _inline_rank_files(tree: dict[str, Any], folder: Path, faults: list[Fault]) -> None:
     """Replace `ranks: file.json` by the file's content, so that a run's name covers its ranks."""
     arms = tree.get("arms")
     for name, arm in arms.items() if isinstance(arms, dict) else ():
-        ranks = arm.get("ranks") if isinstance(arm, dict) else None
-        if isinstance(ranks, str):
-            arm["ranks"] = read_ranks(folder / ranks, f"arms.{name}.ranks")
-        elif isinstance(ranks, dict):
-            arm["ranks"] = {str(k): v for k, v in ranks.items()}
-    return tree
+        if isinstance(arm, dict) and isinstance(arm.get("ranks"), str):
+            with gather(faults, "arms", name, "ranks"):
+                arm["ranks"] = read_ranks(folder / arm["ranks"])
 
 
-def read_ranks(path: Path, where: str) -> Any:
-    """Return the JSON content of a custom rank file."""
+def read_ranks(path: Path) -> Any:
+    """Return the JSON content of a custom rank file: ranks by layer, kind or module, or a list by layer.
+
+    Raises:
+        RankwiseError: no such file, not JSON, or neither a mapping nor a list.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise RankwiseError(f"{where}: cannot read {path}: {error.strerror}.") from None
-    except ValueError as error:
-        raise RankwiseError(f"{where}: {path} is not JSON: {error}.") from None
-
-
-def _pydantic_fault(error: Any, tree: dict[str, Any]) -> Fault:
-    """Translate one pydantic error to our sentence: rule, value received, nearest choice."""
-    path = _clean_path(error["loc"], tree)
-    if error["type"] == "extra_forbidden":
-        choices = _fields_at(path[:-1])
-        text = f"unknown key; the keys here are {', '.join(choices)}.{did_you_mean(str(path[-1]), choices)}"
-        return Fault(path, text)
-    if error["type"] == "missing":
-        return Fault(path, "this key is required and is missing.")
-    value = repr(error.get("input"))
-    value = value if len(value) <= 80 else value[:77] + "..."
-    rule = error["msg"].removeprefix("Value error, ")
-    hint = ""
-    if error["type"] == "literal_error":
-        choices = re.findall(r"'([^']+)'", str(error.get("ctx", {}).get("expected", "")))
-        hint = did_you_mean(str(error.get("input")), choices)
-    return Fault(path, f"{rule[0].lower() + rule[1:]}; got {value}.{hint}")
-
-
-def _clean_path(loc: tuple[str | int, ...], tree: Any) -> tuple[str | int, ...]:
-    """Drop the parts that pydantic adds for unions, so that the path is the one in the file."""
-    path: list[str | int] = []
-    for position, part in enumerate(loc):
-        if isinstance(tree, dict) and part in tree:
-            tree = tree[part]
-        elif isinstance(tree, list) and isinstance(part, int) and part < len(tree):
-            tree = tree[part]
-        elif position < len(loc) - 1 or not isinstance(tree, dict):
-            continue
-        path.append(part)
-    return tuple(path)
-
-
-def _fields_at(path: tuple[str | int, ...]) -> list[str]:
-    """Return the keys that the schema knows at a path."""
-    groups: dict[str, type[BaseModel]] = {
-        "data": DataConfig, "train": TrainConfig, "seeds": SeedsConfig, "scale": ScaleRule,
-    }  # fmt: skip
-    if not path:
-        return list(StudyConfig.model_fields)
-    model = groups.get(str(path[-1])) or (ArmConfig if path[0] == "arms" else StudyConfig)
-    return list(model.model_fields)
+        raise RankwiseError(f"the rank file {path} cannot be read: {error.strerror}.") from None
+    except (ValueError, RecursionError) as error:
+        why = "nested too deep" if isinstance(error, RecursionError) else error
+        raise RankwiseError(f"the rank file {path} is not JSON: {why}.") from None
+    if not isinstance(found, dict | list):
+        raise RankwiseError(
+            f"the rank file {path} must hold a mapping or a list of ranks; got {found!r:.60}."
+        )
+    return found

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import ValidationError
+
 from rankwise import stats
 from rankwise.config import SCREENING_BELOW, StudyConfig
 from rankwise.errors import RankwiseError
-from rankwise.store import Store
+from rankwise.store import Store, read_json
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,14 @@ class Results:
         path = store.folder / "study.json"
         if not path.exists():
             raise RankwiseError(f"no results yet at {path}: run the study first (`rankwise study run`).")
-        self.index: dict[str, Any] = json.loads(path.read_text())
-        self.config = StudyConfig.model_validate(self.index["config"])
+        remedy = "It is written anew by `rankwise study run`; no finished run is lost."
+        self.index = read_json(path, ("config", "resolved", "exploratory", "rates", "runs"), remedy)
+        try:
+            self.config = StudyConfig.model_validate(self.index["config"])
+        except ValidationError as error:
+            raise RankwiseError(
+                f"{path} holds no sound study ({error.error_count()} faults). {remedy}"
+            ) from None
         self.store = store
         self.records = {
             run["run_id"]: store.record(run["run_id"])
@@ -83,21 +90,26 @@ class Results:
     def untouched(self) -> float | None:
         """Return the primary metric of the model without adapters."""
         record = self.of("untouched", "untouched").get(0)
-        return record["train_info"]["metrics"][self.config.primary] if record else None
+        if record is None or record["status"] != "done":
+            return None
+        return record["train_info"]["metrics"][self.config.primary]
 
     def plan(self, arm: str) -> dict[str, Any] | None:
         """Return the arm's plan of its first finished run."""
-        for record in self.of(arm).values():
-            path = self.store.path(record["run_id"]) / "plan.json"
-            if path.exists():
-                return json.loads(path.read_text())
-        return None
+        plans = (self.store.plan(record["run_id"]) for record in self.of(arm).values())
+        return next((plan for plan in plans if plan is not None), None)
+
+    def lost(self) -> int:
+        """Count the failed reporting runs and hopeless arms; a rate that diverged in tuning is a finding."""
+        roles = {r["run_id"]: r["role"] for r in self.index["runs"]}
+        failed = [i for i, r in self.records.items() if r["status"] == "failed" and roles[i] != "tuning"]
+        return len(failed) + sum(_hopeless(choice) for choice in self.index["rates"].values())
 
     def failures(self) -> list[str]:
         """Return one sentence for every failed run."""
         arms = {r["run_id"]: r for r in self.index["runs"]}
         return [
-            f"{arms[i]['arm']} ({arms[i]['role']}, seed {arms[i]['seed']}, rate {arms[i]['rate']:g}) failed"
+            f"{arms[i]['arm']} ({arms[i]['role']}, seed {arms[i]['seed']}{_rate(arms[i]['rate'])}) failed"
             f" at step {r['failure']['step']}: {r['failure']['reason']}"
             for i, r in self.records.items()
             if r["status"] == "failed"
@@ -139,6 +151,10 @@ def _arm_row(results: Results, arm: str) -> ArmRow:
         tokens_per_second=_mean([d["tokens_per_second"] for d in done]),
         peak_bytes=max((d.get("device_peak_bytes", d["process_peak_bytes"]) for d in done), default=None),
     )
+
+
+def _rate(rate: float | None) -> str:
+    return "" if rate is None else f", rate {rate:g}"
 
 
 def _ranks(ranks: dict[str, int]) -> str:
@@ -184,8 +200,11 @@ def _contrast_row(
     band = margin(results)
     failed = any(r["status"] == "failed" for name in pair for r in results.of(name).values())
     complete = all(len(results.of(name)) == results.config.seeds.reporting for name in pair)
+    hopeless = [name for name in pair if _hopeless(results.index["rates"][name])]
     if failed:
         verdict = "no verdict: a run failed"
+    elif hopeless:
+        verdict = f"no verdict: every rate of {hopeless[0]} diverged"
     elif not complete:
         verdict = "no verdict yet: runs are missing"
     elif results.config.seeds.reporting < SCREENING_BELOW:
@@ -210,7 +229,7 @@ def captions(results: Results) -> list[str]:
     seed_text = f"{seeds} seed{'s' if seeds > 1 else ''}"
     lines = [f"{rate}, {seed_text}" + (": no verdict" if seeds < SCREENING_BELOW else "")]
     if results.index["exploratory"]:
-        lines.append("exploratory: contrasts or margin were changed after the first run")
+        lines.append("exploratory: contrasts, margin or seeds were changed after the first run")
     missing = sum(row.wanted - row.done - row.failed for row in rows if row.rate is not None)
     if missing or results.index["tuning_unfinished"]:
         lines.append(f"unfinished: {missing} reporting runs missing" + _tuning_note(results))

@@ -1,23 +1,26 @@
-"""What the command line prints: tables, the live progress of a study, errors. All text is escaped."""
+"""What the command line prints: tables, and the live progress of a study.
+
+Names and values are shown as they are: neither markup nor control characters in them are obeyed.
+"""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from rich import markup
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.live import Live
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.progress import TimeRemainingColumn as Remaining
 from rich.table import Table
-from rich.text import Text
 
-from rankwise.grid import Grid, Planned, Study, grid
-from rankwise.run import work_of
+from rankwise.errors import visible
+from rankwise.observer import Observer
 from rankwise.store import Store
-from rankwise.study import Observer
 from rankwise.tables import (
     ArmRow,
     ContrastRow,
@@ -29,8 +32,21 @@ from rankwise.tables import (
     state_counts,
 )
 
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+if TYPE_CHECKING:
+    from rankwise.grid import Grid, Planned, Study
+
+out = Console(highlight=False, emoji=False)
+err = Console(stderr=True, highlight=False, emoji=False)
+
+
+def escape(text: str) -> str:
+    """Return text that rich and the terminal show as it is."""
+    return markup.escape(visible(text))
+
+
+def say(text: str, to: Console = out) -> None:
+    """Print text as it is, one line of the text on one line."""
+    to.print("\n".join(map(visible, text.split("\n"))), markup=False, soft_wrap=True)
 
 
 def number(value: float | None, form: str = ".4f") -> str:
@@ -38,61 +54,62 @@ def number(value: float | None, form: str = ".4f") -> str:
     return "-" if value is None else format(value, form)
 
 
+COLUMNS: dict[str, Callable[[ArmRow], str]] = {
+    "arm": lambda row: row.arm + ("" if row.equal_budget else " *"),
+    "ranks": lambda row: row.ranks,
+    "scale": lambda row: row.scale,
+    "parameters": lambda row: number(row.parameters, ",d"),
+    "rate": lambda row: number(row.rate, "g"),
+    "seeds": lambda row: f"{row.done}/{row.wanted}" + (f", {row.failed} failed" if row.failed else ""),
+    "loss": lambda row: number(row.loss),
+    "sd": lambda row: number(row.loss_sd),
+    "ppl": lambda row: number(row.perplexity, ".4g"),
+    "gain": lambda row: number(row.gain),
+    "right": lambda row: number(row.token_accuracy, ".1%"),
+    "tok/s": lambda row: number(row.tokens_per_second, ".0f"),
+    "GB": lambda row: number(None if row.peak_bytes is None else row.peak_bytes / 1e9, ".1f"),
+}
+SHARED = ("scale", "rate", "seeds")
+"""Columns that become a line below the table when every arm has the same."""
+SPARED = ("right", "GB")
+"""Columns that a narrow terminal does without; the records have them."""
+
+
 def result_table(results: Results) -> Table:
-    """Return the arms' table with its captions below."""
-    table = Table(title=escape(results.config.name), caption=escape("\n".join(captions(results))))
+    """Return the arms' table: means over seeds, test loss in nats per response token; captions below."""
+    rows = arm_rows(results)
+    cells = {name: [cell(row) for row in rows] for name, cell in COLUMNS.items()}
+    shared = [name for name in SHARED if len(set(cells[name])) == 1]
+    lines = [f"every arm: {', '.join(f'{name} {cells[name][0]}' for name in shared)}"] if shared else []
+    table = Table(title=escape(f"{results.config.name}: test loss"), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.caption = "\n".join(map(escape, lines + captions(results)))
     table.caption_justify = "left"
-    for heading in ("arm", "ranks", "scale"):
-        table.add_column(heading)
-    for heading in (
-        "parameters",
-        "rate",
-        "seeds",
-        "test loss",
-        "sd",
-        "ppl",
-        "gain",
-        "accuracy",
-        "tok/s",
-        "GB",
-    ):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for row in arm_rows(results):
-        table.add_row(*(escape(cell) for cell in _cells(row)))
-    untouched = results.untouched()
-    table.add_row("untouched model", *[""] * 5, number(untouched))
+    left_out = shared if out.width >= 100 else [*shared, *SPARED]
+    shown = [name for name in COLUMNS if name not in left_out]
+    for name in shown:
+        table.add_column(name, justify="left" if name in ("arm", "ranks", "scale") else "right", no_wrap=True)
+    for index in range(len(rows)):
+        table.add_row(*(escape(cells[name][index]) for name in shown))
+    untouched = {"arm": "untouched model", "loss": number(results.untouched())}
+    table.add_row(*(untouched.get(name, "") for name in shown))
     return table
 
 
-def _cells(row: ArmRow) -> list[str]:
-    seeds = f"{row.done}/{row.wanted}" + (f", {row.failed} failed" if row.failed else "")
-    return [
-        row.arm + ("" if row.equal_budget else " *"),
-        row.ranks,
-        row.scale,
-        number(row.parameters, ",d"),
-        number(row.rate, "g"),
-        seeds,
-        number(row.loss),
-        number(row.loss_sd),
-        number(row.perplexity, ".3f"),
-        number(row.gain),
-        number(row.token_accuracy, ".1%"),
-        number(row.tokens_per_second, ".0f"),
-        number(None if row.peak_bytes is None else row.peak_bytes / 1e9, ".1f"),
-    ]
-
-
 def contrast_table(results: Results) -> Table:
-    """Return the declared contrasts, one a line."""
-    table = Table(title="declared contrasts: difference in test loss, arm minus the other")
-    for heading in ("arm", "against"):
-        table.add_column(heading)
-    for heading in ("difference", "95 % interval", "p (Holm)", "p (sign flip)", "margin"):
-        table.add_column(heading, justify="right")
-    table.add_column("verdict")
-    for row in contrast_rows(results):
+    """Return the declared contrasts, one a line: test loss of an arm minus that of another."""
+    rows = contrast_rows(results)
+    table = Table(title="declared contrasts: test loss, arm - other", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in ("arm", "other"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("difference", "95 % interval", "p Holm", "p flip"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
         table.add_row(*(escape(cell) for cell in _contrast_cells(row)))
+    lines = [f"{row.arm} against {row.against}: {row.verdict}" for row in rows]
+    if rows and rows[0].margin is not None:
+        lines.append(f"margin of equivalence {rows[0].margin:.4f}; p flip: the exact sign-flip test")
+    table.caption = "\n".join(map(escape, lines))
+    table.caption_justify = "left"
     return table
 
 
@@ -102,11 +119,9 @@ def _contrast_cells(row: ContrastRow) -> list[str]:
         row.arm,
         row.against,
         number(p.mean, "+.4f") if p else "-",
-        f"{p.low:+.4f} to {p.high:+.4f}" if p else "-",
+        f"{p.low:+.4f} {p.high:+.4f}" if p else "-",
         number(row.p_holm, ".3f"),
         number(p.p_sign_flip, ".3f") if p else "-",
-        number(row.margin),
-        row.verdict,
     ]
 
 
@@ -155,7 +170,7 @@ class StudyProgress(Observer):
         self.bar.update(self.task, total=self.worked + left, completed=self.worked)
         if not self.live_terminal and left:
             more = ", more once learning rates are tuned" if grid.unfinished else ""
-            err.print(f"{len(finished)} of {len(names)} runs done{more}")
+            say(f"{len(finished)} of {len(names)} runs done{more}", err)
         self._draw()
 
     def started(self, planned: Planned, work: int) -> None:
@@ -180,10 +195,10 @@ class StudyProgress(Observer):
         self.done[label] = self.done.get(label, 0) + 1
         seconds = time.perf_counter() - self.began[planned.run_id]
         rate = "" if planned.rate is None else f", rate {planned.rate:g}"
-        place = f"[{self.counts[0]}/{self.counts[1]}]"
-        text = f"{place} {label} seed {planned.seed}{rate}: {status}, {seconds:.0f} s"
+        place = f"[{self.counts[0]}/{self.counts[1]}] " if self.counts[1] else ""
+        text = f"{place}{label} seed {planned.seed}{rate}: {status}, {seconds:.0f} s"
         if not self.live_terminal:
-            err.print(Text(text + self._eta()))
+            say(text + self._eta(), err)
         self._draw()
 
     def waiting(self, runs: int) -> None:
@@ -208,15 +223,13 @@ class StudyProgress(Observer):
 
 
 def print_results(store: Store, study: Path) -> int:
-    """Print the tables and where everything lies; return the number of failed runs."""
+    """Print the tables and where everything lies; return how many results are lost to failed runs."""
     results = Results(store)
     out.print(result_table(results))
     if results.config.contrasts:
         out.print(contrast_table(results))
-    out.print(
-        f"records: {store.folder}/runs/  index: {store.folder / 'study.json'}", markup=False, soft_wrap=True
-    )
-    return len(results.failures())
+    say(f"records: {store.folder}/runs/  index: {store.folder / 'study.json'}")
+    return results.lost()
 
 
 def print_status(store: Store, study: Path) -> None:
@@ -235,24 +248,23 @@ def print_status(store: Store, study: Path) -> None:
 
 def print_design(study: Study) -> None:
     """Print what a valid study will do and what it can and cannot answer."""
+    from rankwise.grid import grid  # here, as these load PyTorch and the tables above need none
+    from rankwise.run import work_of
+
     config, context = study.config, study.context
     now = grid(study)
     pending = now.pending(study.store)
     tokens = sum(work_of(p.run, context) for p in pending)
-    out.print(f"{study.file.path}: valid", markup=False, soft_wrap=True)
-    out.print(
-        f"model: {config.model} ({context.inventory.base_parameters:,} parameters)",
-        markup=False,
-        soft_wrap=True,
-    )
+    say(f"{study.file.path}: valid")
+    say(f"model: {config.model} ({context.inventory.base_parameters:,} parameters)")
     splits = context.prepared.splits
-    out.print(
+    say(
         f"rows: train {config.data.train} of a pool of {len(splits.pool)}, validation "
         f"{len(splits.validation)}, test {len(splits.test)}, reserved {len(splits.reserved)}"
     )
-    out.print(
+    say(
         f"runs: {len(now.runs)} known, {len(pending)} pending ({tokens:,} forward token passes)"
         + (", reporting runs follow the tuning" if now.unfinished else "")
     )
     for notice in (*design_warnings(config), *context.base.notices, *context.inventory.notices):
-        out.print(f"note: {notice}", markup=False, soft_wrap=True)
+        say(f"note: {notice}")

@@ -18,7 +18,7 @@ from rankwise.adapters import adapter_tensors
 from rankwise.config import TrainConfig
 from rankwise.data import Example
 from rankwise.engine.batches import label_count, micro_batches
-from rankwise.engine.plain import score
+from rankwise.engine.plain import first_not_finite, score
 from rankwise.seeds import derive
 
 
@@ -134,7 +134,8 @@ def _one_step(
         loss = score(model, batch).nll.sum() / labels
         value = loss.item()
         if not math.isfinite(value):
-            raise Diverged(step, f"the loss is {value}", last)
+            where = first_not_finite(model, batch)
+            raise Diverged(step, f"the loss is {value}; the first bad output is of {where}", last)
         loss.backward()
         total += value
     norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.clip or math.inf).item()
@@ -168,7 +169,9 @@ class StepLog:
     def keep(self, steps: int) -> None:
         """Drop the lines past the last checkpoint (and a half-written one), then open for appending."""
         lines = self.path.read_text().splitlines()[:steps] if self.path.exists() else []
-        self.path.write_text("".join(line + "\n" for line in lines))
+        aside = self.path.with_name(f".{self.path.name}")  # a kill here must not lose the earlier steps
+        aside.write_text("".join(line + "\n" for line in lines))
+        aside.replace(self.path)
         self.last = json.loads(lines[-1]) if lines else None
         self._file = self.path.open("a")
 

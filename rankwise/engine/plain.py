@@ -49,6 +49,28 @@ def score(model: Any, rows: Sequence[Example]) -> Scores:
     return Scores(nll.sum(1), (wanted != IGNORE).sum(1), right.sum(1))
 
 
+@torch.no_grad()
+def first_not_finite(model: Any, rows: Sequence[Example]) -> str:
+    """Name the module whose output goes bad first in a forward pass, to explain a loss that is not finite."""
+    bad: list[str] = []
+
+    def watch(name: str) -> Any:
+        def hook(module: Any, inputs: Any, output: Any) -> None:
+            if not bad and torch.is_tensor(output) and not torch.isfinite(output).all():
+                bad.append(name)
+
+        return hook
+
+    watched = [(name, module) for name, module in model.named_modules() if name]
+    handles = [module.register_forward_hook(watch(name)) for name, module in watched]
+    try:
+        score(model, rows)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return bad[0] if bad else "no module (the loss itself)"
+
+
 def _logits(model: Any, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     if _keeps_logits(type(_unwrapped(model))):
         return model(input_ids=ids, attention_mask=mask, logits_to_keep=positions, use_cache=False).logits

@@ -165,8 +165,8 @@ def resolve(strategy: str, options: Mapping[str, Any], seed: int = 0) -> tuple[S
     return one, settings
 
 
-def _named(what: str, name: str) -> Strategy:
-    if name not in STRATEGIES:
+def _named(what: str, name: Any) -> Strategy:
+    if not isinstance(name, str) or name not in STRATEGIES:
         raise RankwiseError(one_of(what, name, STRATEGIES))
     return STRATEGIES[name]
 

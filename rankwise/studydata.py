@@ -1,0 +1,48 @@
+"""The rows that a study names: fetched and read first, which needs no model, then tokenised and split."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from rankwise import data, rows, sources
+from rankwise.studyfile import StudyFile
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class StudyRows(NamedTuple):
+    """The rows of a study's data file, and the file's hash."""
+
+    read: rows.RowsRead
+    sha256: str
+
+
+def read_data(file: StudyFile) -> StudyRows:
+    """Fetch and read the study's rows.
+
+    Raises:
+        RankwiseError: the source cannot be had, or the file as a whole cannot be used.
+    """
+    found = sources.fetch(file.config.data.source, kind="data", relative_to=file.path.parent)
+    return StudyRows(rows.read_rows(found.path), found.sha256)
+
+
+def prepare_data(file: StudyFile, found: StudyRows, tokenizer: PreTrainedTokenizerBase) -> data.Prepared:
+    """Tokenise and split the study's rows.
+
+    Raises:
+        RankwiseError: too few rows are left, or the tokenizer cannot be used.
+    """
+    wanted = file.config.data
+    return data.prepare(
+        found.read,
+        tokenizer,
+        train=wanted.train,
+        validation=wanted.validation,
+        test=wanted.test,
+        reserved=wanted.reserved,
+        max_length=wanted.max_length,
+        prompt=wanted.prompt,
+        source=wanted.source,
+    )
