@@ -11,11 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_data import alpaca, prepared, tiny_tokenizer, write
 
 from rankwise.datacard import card, escape, markdown, write_card
 from rankwise.errors import RankwiseError
 from rankwise.rows import read_rows
+from tests.test_data import alpaca, prepared, tiny_tokenizer, write
 
 SECRETS = ("zebracrossing", "quixotic marmalade", "tell no one")
 NASTY = "<script>alert(1)</script> | `rm` [x](javascript:y) ![i](z) *b*\n# head"
