@@ -30,7 +30,8 @@ doctor: .venv/ready          ## check this system
 .venv/ready: constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("rankwise needs Python 3.11 or newer; this is %d.%d. Use make PYTHON=python3.x" % sys.version_info[:2]) if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@echo "installing into .venv (PyTorch is among it; a minute or more)"
+	$(BIN)/pip install -qq --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
 clean:                       ## remove the environment; results stay

@@ -63,7 +63,7 @@ COLUMNS: dict[str, Callable[[ArmRow], str]] = {
     "seeds": lambda row: f"{row.done}/{row.wanted}" + (f", {row.failed} failed" if row.failed else ""),
     "loss": lambda row: number(row.loss),
     "sd": lambda row: number(row.loss_sd),
-    "ppl": lambda row: number(row.perplexity, ".4g"),
+    "ppl": lambda row: number(row.perplexity, "#.4g"),
     "gain": lambda row: number(row.gain),
     "right": lambda row: number(row.token_accuracy, ".1%"),
     "tok/s": lambda row: number(row.tokens_per_second, ".0f"),
