@@ -52,8 +52,9 @@ def paired(differences: Sequence[float], level: float = 0.95) -> Paired:
     if d.size < 2 or not np.isfinite(d).all():
         raise ValueError(f"paired needs 2 or more finite differences; got {list(differences)}")
     mean, sd = float(d.mean()), float(d.std(ddof=1))
-    half = float(stats.t.ppf(0.5 + level / 2, d.size - 1)) * sd / math.sqrt(d.size)
-    p = float(stats.ttest_1samp(d, 0).pvalue) if sd > 0 else float(mean == 0)
+    error, t = sd / math.sqrt(d.size), stats.t(d.size - 1)
+    half = float(t.ppf(0.5 + level / 2)) * error
+    p = 2 * float(t.sf(abs(mean) / error)) if sd > 0 else float(mean == 0)
     detectable = sd * detectable_effect(d.size)
     return Paired(d.size, mean, sd, mean - half, mean + half, p, sign_flip(d), detectable)
 
