@@ -137,7 +137,9 @@ def train(
     study: StudyPath,
     arm: Annotated[str, typer.Option(help="an arm of the study")],
     seed: Annotated[int, typer.Option(help="reporting seed", min=0, max=999)],
-    rate: Annotated[float | None, typer.Option(help="learning rate, instead of the arm's own")] = None,
+    rate: Annotated[
+        float | None, typer.Option(help="another learning rate than the arm's own: scored on validation rows")
+    ] = None,
     results: Results = RESULTS,
     overrides: Set = None,
 ) -> None:
@@ -169,7 +171,7 @@ def study_run(
 
     with StudyProgress() as progress:
         run_study(opened, progress, checkpoint_seconds=checkpoint_seconds, retry_failed=retry_failed)
-    failures = print_results(opened.store, study)
+    failures = print_results(opened.store)
     raise typer.Exit(1 if failures else 0)
 
 
@@ -179,10 +181,11 @@ def study_status(study: StudyPath, results: Results = RESULTS, overrides: Set = 
     from rankwise.store import Store
     from rankwise.studyfile import read_study
 
-    store = Store(results, read_study(study, tuple(overrides or ())).config.name)
+    config = read_study(study, tuple(overrides or ())).config
+    store = Store(results, config.name)
     from rankwise.terminal import print_status
 
-    print_status(store, study)
+    print_status(store, config)
 
 
 @study_app.command("validate")

@@ -251,6 +251,13 @@ def cross_faults(study: StudyConfig) -> list[Fault]:
                 faults.append(Fault(("contrasts", index), _no_arm(name, arms)))
         if arm == against:
             faults.append(Fault(("contrasts", index), f"an arm cannot be compared with itself: {arm!r}."))
+    pairs, rates = study.pairs(), study.train.learning_rates
+    if len(set(pairs)) < len(pairs):
+        faults.append(
+            Fault(("contrasts",), "a contrast stands here twice; each counts in Holm's adjustment.")
+        )
+    if len(set(rates)) < len(rates):
+        faults.append(Fault(("train", "learning_rates"), "a rate stands here twice; one rate is no grid."))
     if (study.train.step_tokens is None) == (study.train.step_examples is None):
         faults.append(Fault(("train",), "give exactly one of step_tokens and step_examples."))
     if study.tuned and study.seeds.tuning == 0:

@@ -13,6 +13,7 @@ import torch
 from rankwise.data import Example
 from rankwise.engine.batches import micro_batches
 from rankwise.engine.plain import first_not_finite, score
+from rankwise.stats import perplexity
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def _metrics(rows: Sequence[Example], columns: dict[str, np.ndarray]) -> dict[st
     loss = nll / tokens
     return {
         "loss": loss,
-        "perplexity": math.exp(min(loss, 700.0)),  # beyond this a float overflows
+        "perplexity": perplexity(loss),
         "token_accuracy": float(columns["correct"].sum()) / tokens,
         "bits_per_byte": nll / math.log(2) / sum(row.response_bytes for row in rows),
         "tokens": tokens,

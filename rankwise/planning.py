@@ -78,7 +78,7 @@ def plan_from_source(
         seed=seed,
         model=source,
     )
-    return Found(plan, found.notices)
+    return Found(plan, tuple(plan.provenance["notices"]))
 
 
 def parse_scale(text: str) -> ScaleRule:

@@ -260,7 +260,11 @@ def work_of(run: RunConfig, context: Context) -> int:
     if run.role != "untouched":
         pool = context.prepared.splits.pool
         mean = sum(len(row.input_ids) for row in pool) / max(1, len(pool))
-        units += int(TRAIN_COST * mean * run.train_rows * run.train.epochs)
+        rows = run.train_rows * run.train.epochs
+        if run.train.max_steps is not None:
+            a_step = run.train.step_examples or max(1, (run.train.step_tokens or 0) / max(mean, 1))
+            rows = min(rows, int(run.train.max_steps * a_step))
+        units += int(TRAIN_COST * mean * rows)
     return units
 
 

@@ -36,12 +36,13 @@ class Paired:
     detectable: float
 
 
-def paired(differences: Sequence[float], level: float = 0.95) -> Paired:
+def paired(differences: Sequence[float], level: float = 0.95, contrasts: int = 1) -> Paired:
     """Compare paired values.
 
     Args:
         differences: one per seed, in the metric's unit; at least 2, all finite.
-        level: coverage of the interval.
+        level: coverage of the interval, of this contrast by itself.
+        contrasts: how many are declared; `detectable` allows for all of them.
 
     Raises:
         ValueError: with fewer than 2 differences, or one that is not finite.
@@ -55,7 +56,7 @@ def paired(differences: Sequence[float], level: float = 0.95) -> Paired:
     error, t = sd / math.sqrt(d.size), stats.t(d.size - 1)
     half = float(t.ppf(0.5 + level / 2)) * error
     p = 2 * float(t.sf(abs(mean) / error)) if sd > 0 else float(mean == 0)
-    detectable = sd * detectable_effect(d.size)
+    detectable = sd * detectable_effect(d.size, alpha=0.05 / contrasts)
     return Paired(d.size, mean, sd, mean - half, mean + half, p, sign_flip(d), detectable)
 
 
@@ -79,6 +80,11 @@ def detectable_effect(n: int, power: float = 0.8, alpha: float = 0.05) -> float:
     from statsmodels.stats.power import TTestPower  # heavy import, needed only here
 
     return float(TTestPower().solve_power(nobs=n, alpha=alpha, power=power, alternative="two-sided"))
+
+
+def perplexity(loss: float) -> float:
+    """Return exp(loss) for a loss in nats per token; beyond 700 nats a float overflows, so it stays there."""
+    return math.exp(min(loss, 700.0))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

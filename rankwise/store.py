@@ -142,16 +142,22 @@ class Store:
         folder = self.path(run_id)
         return read_json(folder / name, keys, f"Delete the folder {folder} to run it again.")
 
-    def adopt(self, run_id: str) -> bool:
-        """Copy the record from another study of this results folder, if one has it and it did not fail."""
+    def adopt(self, run_id: str, *, failed: bool = True) -> bool:
+        """Copy the record from another study of this results folder, if one has it.
+
+        With `failed=False` a failed record is left, to be tried again.
+        """
         for other in sorted(self.results.glob(f"*/runs/{run_id}/result.json")):
-            if read_json(other, ("status",), f"Delete the folder {other.parent}.")["status"] != "done":
+            status = read_json(other, ("status",), f"Delete the folder {other.parent}.")["status"]
+            if status != "done" and not failed:
                 continue
             aside = self.partial(f"{run_id}.adopt-{os.getpid()}")
             try:
                 shutil.copytree(other.parent, aside, dirs_exist_ok=True)
-                with suppress(OSError):  # another process was first: its copy is equal
-                    aside.rename(self.path(run_id))
+                aside.rename(self.path(run_id))
+            except OSError:
+                if not self.has(run_id):  # else another process was first, and its copy is equal
+                    raise
             finally:
                 shutil.rmtree(aside, ignore_errors=True)
             return True
@@ -174,8 +180,10 @@ class Store:
         return folder
 
     def discard(self, run_id: str) -> None:
-        """Remove a record, so that the run is pending again (used for `--retry-failed`)."""
-        shutil.rmtree(self.path(run_id), ignore_errors=True)
+        """Remove a record in one step, so that the run is pending again; the caller holds its claim."""
+        aside = self.partial(f"{run_id}.discard-{os.getpid()}")
+        self.path(run_id).rename(aside)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def read_json(path: Path, keys: tuple[str, ...], remedy: str) -> dict[str, Any]:

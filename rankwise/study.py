@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from rankwise import machine, models, sources
-from rankwise.config import Fault, StudyConfig, digest
+from rankwise.config import Fault, digest
 from rankwise.errors import RankwiseError
 from rankwise.grid import FIRST_TUNING_SEED, Grid, Planned, Study, grid, run_config
 from rankwise.inventory import inventory
 from rankwise.observer import Observer
-from rankwise.run import Context, execute, plan_for, work_of
+from rankwise.run import Context, Role, execute, plan_for, work_of
 from rankwise.store import Store, read_json, write_json
 from rankwise.studydata import prepare_data, read_data
 from rankwise.studyfaults import gather
@@ -61,8 +61,10 @@ def open_study(path: Path, results: Path, overrides: tuple[str, ...] = ()) -> St
 
 def plan_faults(study: Study) -> list[Fault]:
     """Return one fault for every arm whose plan cannot be made on this model."""
-    faults = []
-    for name in study.config.arms:
+    faults: list[Fault] = []
+    with gather(faults, "targets"):
+        study.context.inventory.select(study.config.targets)
+    for name in study.config.arms if not faults else ():
         try:
             plan_for(run_config(study, name, "reporting", 0, 1e-3), study.context.inventory, "")
         except RankwiseError as error:
@@ -85,9 +87,10 @@ def run_study(
     _open_reserved(study)
     _declare(study)
     if retry_failed:
-        for planned in grid(study).runs:
-            if study.store.state(planned.run_id) == "failed":
-                study.store.discard(planned.run_id)
+        for run_id in {planned.run_id for planned in grid(study).runs}:
+            with study.store.claim(run_id) as mine:
+                if mine and study.store.has(run_id) and study.store.record(run_id)["status"] == "failed":
+                    study.store.discard(run_id)
     while True:
         now = grid(study)
         index = write_index(study, now)
@@ -95,13 +98,15 @@ def run_study(
         pending = now.pending(study.store)
         if not pending and not now.unfinished:
             return index
-        advanced = [_do(study, planned, observer, checkpoint_seconds) for planned in pending]
+        advanced = [_do(study, p, observer, checkpoint_seconds, retry_failed) for p in pending]
         if pending and not any(advanced):
             observer.waiting(len(pending))
             time.sleep(WAIT_SECONDS)
 
 
-def _do(study: Study, planned: Planned, observer: Observer, checkpoint_seconds: float) -> bool:
+def _do(
+    study: Study, planned: Planned, observer: Observer, checkpoint_seconds: float, retry_failed: bool = False
+) -> bool:
     """Do one run if nobody else holds it; return whether the study is now further on."""
     store, run_id = study.store, planned.run_id
     with store.claim(run_id) as mine:
@@ -110,7 +115,7 @@ def _do(study: Study, planned: Planned, observer: Observer, checkpoint_seconds: 
         if store.has(run_id):
             return True
         observer.started(planned, work_of(planned.run, study.context))
-        if store.adopt(run_id):
+        if store.adopt(run_id, failed=not retry_failed):
             status = str(store.record(run_id)["status"])
         else:
             status = execute(
@@ -126,7 +131,10 @@ def _do(study: Study, planned: Planned, observer: Observer, checkpoint_seconds: 
 
 
 def train_one(study: Study, arm: str, seed: int, rate: float | None, observer: Observer) -> Planned:
-    """Do one reporting run; the rate is the arm's tuned or declared one unless given."""
+    """Do one run. At the arm's own rate it is a reporting run; at any other it sees validation rows only.
+
+    Otherwise a rate could be picked on the test rows.
+    """
     study.file.need_arm(arm)
     if not 0 <= seed < FIRST_TUNING_SEED:
         raise RankwiseError(
@@ -135,7 +143,9 @@ def train_one(study: Study, arm: str, seed: int, rate: float | None, observer: O
         )
     if rate is not None and not 0 < rate < math.inf:
         raise RankwiseError(f"--rate is a learning rate above 0, such as 0.001; got {rate}.")
-    rate = rate or grid(study).rates[arm]["rate"]
+    own = grid(study).rates[arm]["rate"]
+    role: Role = "reporting" if rate in (None, own) else "tuning"
+    rate = rate or own
     if rate is None:
         raise RankwiseError(
             f"the rate of arm {arm!r} is not tuned yet: run `rankwise study run {study.file.path}` first, "
@@ -144,7 +154,7 @@ def train_one(study: Study, arm: str, seed: int, rate: float | None, observer: O
     study.store.open()
     _open_reserved(study)
     _declare(study)
-    planned = Planned(arm, "reporting", seed, rate, run_config(study, arm, "reporting", seed, rate))
+    planned = Planned(arm, role, seed, rate, run_config(study, arm, role, seed, rate))
     while not study.store.has(planned.run_id):
         if not _do(study, planned, observer, 30.0):
             observer.waiting(1)
@@ -165,7 +175,7 @@ def write_index(study: Study, now: Grid) -> dict[str, Any]:
             "data": context.prepared.fingerprint,
             "notices": [*context.base.notices, *context.inventory.notices, *context.prepared.notices],
         },
-        "exploratory": _declared(study) != declaration(study.config),
+        "exploratory": _declared(study) != declaration(study),
         "tuning_unfinished": now.unfinished,
         "rates": now.rates,
         "runs": [
@@ -177,14 +187,16 @@ def write_index(study: Study, now: Grid) -> dict[str, Any]:
     return index
 
 
-def declaration(config: StudyConfig) -> dict[str, Any]:
-    """Return what must be declared before anything runs."""
-    return {
-        "primary": config.primary,
-        "margin": config.margin,
-        "baseline": config.baseline,
-        "contrasts": list(config.contrasts),
-        "seeds": config.seeds.reporting,  # adding seeds until something shows is exploring too
+def declaration(study: Study) -> dict[str, Any]:
+    """Return what must be declared before anything runs: all that decides the numbers and the verdicts.
+
+    Seeds are among it, since adding them until something shows is exploring too. Sources are there by
+    their content, so that a mirror of the same bytes is no change.
+    """
+    declared = study.config.model_dump(mode="json", exclude={"name": True, "model": True, "data": {"source"}})
+    return declared | {
+        "model": study.context.base.fingerprint,
+        "rows": study.context.prepared.fingerprint,
     }
 
 
@@ -192,20 +204,40 @@ def _declare(study: Study) -> None:
     """Write `declared.json` once, before the first run; later changes make the study exploratory."""
     path = study.store.folder / "declared.json"
     if not path.exists():
-        write_json(path, declaration(study.config))
+        write_json(path, declaration(study))
 
 
 def _declared(study: Study) -> Any:
     path = study.store.folder / "declared.json"
     remedy = "Restore it, or delete it to declare anew what the study file says now."
-    return read_json(path, (), remedy) if path.exists() else declaration(study.config)
+    return read_json(path, (), remedy) if path.exists() else declaration(study)
+
+
+def _note_rows(study: Study) -> None:
+    """Add the rows that this study may train or score on to `rows.json`: hashes, never text."""
+    path = study.store.folder / "rows.json"
+    remedy = "It notes which rows the study used: restore it."
+    before = read_json(path, ("rows",), remedy)["rows"] if path.exists() else []
+    splits = study.context.prepared.splits
+    now = {row.row_hash for part in (splits.pool, splits.validation, splits.test) for row in part}
+    if not now <= set(before):
+        write_json(path, {"rows": sorted(now | set(before))})
 
 
 def _open_reserved(study: Study) -> None:
-    """Note that this study opens the reserved rows of its data; refuse if another has seen any of them."""
+    """Note which rows the study uses; a confirmatory one opens the reserved rows, if none was seen before."""
     if not study.config.confirmatory:
+        _note_rows(study)
         return
     rows = sorted(row.row_hash for row in study.context.prepared.splits.reserved)
+    for path in sorted(study.store.results.glob("*/rows.json")):
+        used = read_json(path, ("rows",), "It notes which rows the study used: restore it.")["rows"]
+        if seen := set(rows) & set(used):
+            raise RankwiseError(
+                f"{len(seen)} of the {len(rows)} reserved rows were used by study {path.parent.name!r} "
+                f"({path}); rows that have been seen cannot confirm. Studies on the same data need the same "
+                "data.reserved."
+            )
     config = digest(study.config.model_dump(mode="json"))
     mine = {"study": study.config.name, "config": config, "rows": rows}
     remedy = "It notes which study has seen the reserved rows: restore it."
@@ -216,4 +248,5 @@ def _open_reserved(study: Study) -> None:
                 f"the reserved rows of this data were opened before, by study {opened['study']!r} ({path}); "
                 "rows that have been seen cannot confirm a second time."
             )
+    _note_rows(study)
     write_json(study.store.results / f"reserved-{digest(rows)}.json", mine)

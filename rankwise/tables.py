@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections import defaultdict
 from dataclasses import dataclass
@@ -21,10 +20,9 @@ class ArmRow:
     """One arm's line in the result table; None where there is nothing to show yet."""
 
     arm: str
-    strategy: str
-    ranks: str
+    ranks: tuple[int, int] | None  # lowest and highest over modules and seeds
     scale: str
-    parameters: int | None
+    parameters: tuple[int, int] | None  # fewest and most over the seeds
     equal_budget: bool
     rate: float | None
     rate_how: str
@@ -36,7 +34,6 @@ class ArmRow:
     perplexity: float | None
     gain: float | None
     token_accuracy: float | None
-    seconds: float | None
     tokens_per_second: float | None
     peak_bytes: int | None
 
@@ -94,10 +91,10 @@ class Results:
             return None
         return record["train_info"]["metrics"][self.config.primary]
 
-    def plan(self, arm: str) -> dict[str, Any] | None:
-        """Return the arm's plan of its first finished run."""
-        plans = (self.store.plan(record["run_id"]) for record in self.of(arm).values())
-        return next((plan for plan in plans if plan is not None), None)
+    def plans(self, arm: str) -> list[dict[str, Any]]:
+        """Return the plans of the arm's finished runs; a seed may have its own."""
+        found = (self.store.plan(record["run_id"]) for record in self.of(arm).values())
+        return [plan for plan in found if plan is not None]
 
     def lost(self) -> int:
         """Count the failed reporting runs and hopeless arms; a rate that diverged in tuning is a finding."""
@@ -128,26 +125,26 @@ def _arm_row(results: Results, arm: str) -> ArmRow:
     losses = list(results.losses(arm).values())
     loss = statistics.fmean(losses) if losses else None
     untouched = results.untouched()
-    plan = results.plan(arm)
+    plans = results.plans(arm)
+    baseline = results.config.baseline or next(iter(results.config.arms))
     choice = results.index["rates"][arm]
     return ArmRow(
         arm=arm,
-        strategy=wanted.strategy,
-        ranks=_ranks(plan["ranks"]) if plan else "",
+        ranks=_ends([rank for plan in plans for rank in plan["ranks"].values()]),
         scale=str(wanted.scale or results.config.scale),
-        parameters=done[0]["num_trainable_params"] if done else None,
-        equal_budget=wanted.match == "budget",
+        parameters=_ends([d["num_trainable_params"] for d in done]),
+        equal_budget=_budget(results, arm) is not None
+        and _budget(results, arm) == _budget(results, baseline),
         rate=choice["rate"],
-        rate_how=choice["how"] + (" (at the edge)" if choice.get("at_edge") else ""),
+        rate_how=choice["how"] + (" at the edge of the grid" if choice.get("at_edge") else ""),
         done=len(done),
         failed=len(records) - len(done),
         wanted=results.config.seeds.reporting,
         loss=loss,
         loss_sd=statistics.stdev(losses) if len(losses) > 1 else None,
-        perplexity=math.exp(loss) if loss is not None else None,
+        perplexity=stats.perplexity(loss) if loss is not None else None,
         gain=untouched - loss if loss is not None and untouched is not None else None,
         token_accuracy=_mean([d["metrics"]["test_token_accuracy"] for d in done]),
-        seconds=_mean([d["train_time"] for d in done]),
         tokens_per_second=_mean([d["tokens_per_second"] for d in done]),
         peak_bytes=max((d.get("device_peak_bytes", d["process_peak_bytes"]) for d in done), default=None),
     )
@@ -157,9 +154,13 @@ def _rate(rate: float | None) -> str:
     return "" if rate is None else f", rate {rate:g}"
 
 
-def _ranks(ranks: dict[str, int]) -> str:
-    low, high = min(ranks.values()), max(ranks.values())
-    return str(low) if low == high else f"{low}-{high}"
+def _ends(values: list[int]) -> tuple[int, int] | None:
+    return (min(values), max(values)) if values else None
+
+
+def _budget(results: Results, arm: str) -> int | None:
+    """Return the parameters that the arm was given; None for its own ranks, or before its first run."""
+    return next((plan["budget"] for plan in results.plans(arm)), None)
 
 
 def _mean(values: list[float]) -> float | None:
@@ -169,7 +170,7 @@ def _mean(values: list[float]) -> float | None:
 def contrast_rows(results: Results) -> list[ContrastRow]:
     """Return the declared contrasts with their paired t-intervals, Holm-adjusted, and their verdicts."""
     pairs = results.config.pairs()
-    compared = {pair: _compare(results, *pair) for pair in pairs}
+    compared = {pair: _compare(results, *pair, len(pairs)) for pair in pairs}
     found = [pair for pair in pairs if compared[pair] is not None]
     adjusted = dict(zip(found, stats.holm([compared[p].p for p in found]), strict=True))  # type: ignore[union-attr]
     return [_contrast_row(results, pair, compared[pair], adjusted.get(pair)) for pair in pairs]
@@ -180,9 +181,9 @@ def _differences(results: Results, arm: str, against: str) -> list[float]:
     return [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
 
 
-def _compare(results: Results, arm: str, against: str) -> stats.Paired | None:
+def _compare(results: Results, arm: str, against: str, contrasts: int) -> stats.Paired | None:
     differences = _differences(results, arm, against)
-    return stats.paired(differences) if len(differences) > 1 else None
+    return stats.paired(differences, contrasts=contrasts) if len(differences) > 1 else None
 
 
 def margin(results: Results) -> float | None:
@@ -207,17 +208,24 @@ def _contrast_row(
         verdict = f"no verdict: every rate of {hopeless[0]} diverged"
     elif not complete:
         verdict = "no verdict yet: runs are missing"
-    elif results.config.seeds.reporting < SCREENING_BELOW:
-        verdict = f"screening: {results.config.seeds.reporting} seeds, no verdict"
-    elif paired is None or p_holm is None or band is None or band <= 0:
-        verdict = "no verdict: the baseline gained nothing over the untouched model"
+    elif results.config.seeds.reporting < SCREENING_BELOW or paired is None or p_holm is None:
+        verdict = f"screening: {_seeds(results.config.seeds.reporting)}, no verdict"
     elif p_holm < 0.05:
         verdict = "differs: lower loss" if paired.mean < 0 else "differs: higher loss"
-    elif stats.equivalent(_differences(results, *pair), band):
+    elif band is not None and band > 0 and _equivalent(results, pair, band):
         verdict = "equivalent within the margin"
     else:
         verdict = f"no difference shown; could have seen {paired.detectable:.4f}"
     return ContrastRow(*pair, paired, p_holm, band, verdict)
+
+
+def _equivalent(results: Results, pair: tuple[str, str], band: float) -> bool:
+    """Whether TOST says so, at 5 % over all declared contrasts (Bonferroni)."""
+    return stats.equivalent(_differences(results, *pair), band, alpha=0.05 / len(results.config.pairs()))
+
+
+def _seeds(count: int) -> str:
+    return f"{count} seed{'s' if count != 1 else ''}"
 
 
 def captions(results: Results) -> list[str]:
@@ -226,15 +234,16 @@ def captions(results: Results) -> list[str]:
     rows = arm_rows(results)
     seeds = config.seeds.reporting
     rate = "rate tuned per arm on validation" if config.tuned else "rate not tuned"
-    seed_text = f"{seeds} seed{'s' if seeds > 1 else ''}"
-    lines = [f"{rate}, {seed_text}" + (": no verdict" if seeds < SCREENING_BELOW else "")]
+    lines = [f"{rate}, {_seeds(seeds)}" + (": no verdict" if seeds < SCREENING_BELOW else "")]
     if results.index["exploratory"]:
-        lines.append("exploratory: contrasts, margin or seeds were changed after the first run")
+        lines.append("exploratory: the study was changed after its first run")
     missing = sum(row.wanted - row.done - row.failed for row in rows if row.rate is not None)
     if missing or results.index["tuning_unfinished"]:
         lines.append(f"unfinished: {missing} reporting runs missing" + _tuning_note(results))
     if any(not row.equal_budget for row in rows):
-        lines.append("* keeps its own ranks: outside the equal-budget comparison")
+        lines.append("* other parameters than the baseline's budget: outside the equal-budget comparison")
+    if config.tuned:
+        lines += [f"{row.arm}: rate {row.rate_how}" for row in rows if row.rate_how != "tuned"]
     lines += [
         f"{arm}: every rate diverged" for arm, choice in results.index["rates"].items() if _hopeless(choice)
     ]
@@ -254,11 +263,11 @@ def _hopeless(choice: dict[str, Any]) -> bool:
 
 
 def state_counts(results: Results) -> dict[str, dict[str, int]]:
-    """Return role -> state -> number of runs."""
+    """Return "arm (role)" -> state -> number of runs."""
     counts: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
-    for run in {r["run_id"]: r for r in results.index["runs"]}.values():
-        counts[run["role"]][results.store.state(run["run_id"])] += 1
-    return {role: dict(states) for role, states in counts.items()}
+    for run in results.index["runs"]:
+        counts[f"{run['arm']} ({run['role']})"][results.store.state(run["run_id"])] += 1
+    return {label: dict(states) for label, states in counts.items()}
 
 
 def design_warnings(config: StudyConfig) -> list[str]:

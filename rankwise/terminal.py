@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich import markup
@@ -33,6 +32,7 @@ from rankwise.tables import (
 )
 
 if TYPE_CHECKING:
+    from rankwise.config import StudyConfig
     from rankwise.grid import Grid, Planned, Study
 
 out = Console(highlight=False, emoji=False)
@@ -54,11 +54,18 @@ def number(value: float | None, form: str = ".4f") -> str:
     return "-" if value is None else format(value, form)
 
 
+def span(ends: tuple[int, int] | None) -> str:
+    """Format "8", or "4-16" where the ends differ."""
+    if ends is None:
+        return "-"
+    return f"{ends[0]:,}" if ends[0] == ends[1] else f"{ends[0]:,}-{ends[1]:,}"
+
+
 COLUMNS: dict[str, Callable[[ArmRow], str]] = {
     "arm": lambda row: row.arm + ("" if row.equal_budget else " *"),
-    "ranks": lambda row: row.ranks,
+    "ranks": lambda row: span(row.ranks),
     "scale": lambda row: row.scale,
-    "parameters": lambda row: number(row.parameters, ",d"),
+    "parameters": lambda row: span(row.parameters),
     "rate": lambda row: number(row.rate, "g"),
     "seeds": lambda row: f"{row.done}/{row.wanted}" + (f", {row.failed} failed" if row.failed else ""),
     "loss": lambda row: number(row.loss),
@@ -87,7 +94,9 @@ def result_table(results: Results) -> Table:
     left_out = shared if out.width >= 100 else [*shared, *SPARED]
     shown = [name for name in COLUMNS if name not in left_out]
     for name in shown:
-        table.add_column(name, justify="left" if name in ("arm", "ranks", "scale") else "right", no_wrap=True)
+        table.add_column(
+            name, justify="left" if name in ("arm", "ranks", "scale") else "right", overflow="fold"
+        )
     for index in range(len(rows)):
         table.add_row(*(escape(cells[name][index]) for name in shown))
     untouched = {"arm": "untouched model", "loss": number(results.untouched())}
@@ -222,7 +231,7 @@ class StudyProgress(Observer):
             self.live.update(Group(table, self.bar))
 
 
-def print_results(store: Store, study: Path) -> int:
+def print_results(store: Store) -> int:
     """Print the tables and where everything lies; return how many results are lost to failed runs."""
     results = Results(store)
     out.print(result_table(results))
@@ -232,18 +241,20 @@ def print_results(store: Store, study: Path) -> int:
     return results.lost()
 
 
-def print_status(store: Store, study: Path) -> None:
+def print_status(store: Store, config: StudyConfig) -> None:
     """Print runs by state and the results so far."""
     results = Results(store)
-    table = Table(title=f"runs of {escape(results.config.name)}")
+    if config != results.config:
+        say("note: the study has changed since its last run; what follows is as of that run", err)
+    table = Table(title=f"runs of {escape(results.config.name)}", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     states = ("done", "failed", "running", "pending")
-    table.add_column("role")
+    table.add_column("arm (role)")
     for state in states:
         table.add_column(state, justify="right")
-    for role, counts in state_counts(results).items():
-        table.add_row(role, *(str(counts.get(state, 0)) for state in states))
+    for label, counts in state_counts(results).items():
+        table.add_row(escape(label), *(str(counts.get(state, 0)) for state in states))
     out.print(table)
-    print_results(store, study)
+    print_results(store)
 
 
 def print_design(study: Study) -> None:

@@ -224,6 +224,23 @@ def test_reserved_rows_open_once(workdir: Path, study_dict: dict):
     assert not open_rows & {run["run_id"] for run in index["runs"]}
 
 
+def test_rows_that_any_study_used_cannot_confirm(workdir: Path, study_dict: dict):
+    careless = study_dict | {"name": "careless", "data": study_dict["data"] | {"reserved": 0}}
+    run_study(opened(workdir, careless, "careless.yaml"), Observer())
+    confirm = study_dict | {"confirmatory": True, "name": "confirm"}
+    with pytest.raises(RankwiseError, match="4 of the 4 reserved rows were used by study 'careless'"):
+        run_study(opened(workdir, confirm, "confirm.yaml"), Observer())
+    assert not (workdir / "results" / "confirm" / "rows.json").exists()
+
+
+def test_another_rate_than_the_arms_own_sees_no_test_row(workdir: Path, study_dict: dict):
+    study = opened(workdir, study_dict)
+    for rate, seen in ((None, {"test"}), (1e-2, {"test"}), (2e-2, {"validation"})):
+        planned = train_one(study, "uniform", 0, rate, Observer())
+        metrics = study.store.record(planned.run_id)["train_info"]["metrics"]
+        assert {name.split("_")[0] for name in metrics} == seen
+
+
 def test_other_rows_have_a_reserve_of_their_own(workdir: Path, study_dict: dict):
     confirm = study_dict | {"confirmatory": True, "seeds": {"tuning": 0, "reporting": 1}}
     run_study(opened(workdir, confirm), Observer())

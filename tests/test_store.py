@@ -121,10 +121,13 @@ def test_adopt_copies_another_studys_record(tmp_path: Path):
     assert not list((tmp_path / ".partial").iterdir())
 
 
-def test_a_failed_record_is_not_adopted(tmp_path: Path):
+def test_a_failed_record_is_adopted_unless_it_is_to_be_tried_again(tmp_path: Path):
     one, two = opened(tmp_path, "one"), opened(tmp_path, "two")
     put(one, "abc", status="failed")
-    assert not two.adopt("abc") and not two.has("abc"), "or --retry-failed would bring the failure back"
+    assert not two.adopt("abc", failed=False) and not two.has("abc")
+    assert two.adopt("abc") and two.record("abc")["status"] == "failed"
+    two.discard("abc")
+    assert not two.has("abc") and one.has("abc") and not list((tmp_path / ".partial").iterdir())
 
 
 @pytest.mark.parametrize(

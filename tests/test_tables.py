@@ -114,9 +114,9 @@ def test_rows_are_the_means_of_the_records(finished: Path):
         assert row.loss_sd == pytest.approx(statistics.stdev(losses))
         assert row.perplexity == pytest.approx(math.exp(statistics.fmean(losses)))
         assert row.gain == pytest.approx(untouched - statistics.fmean(losses)) and row.gain > 0
-        assert {info["num_trainable_params"] for info in found} == {row.parameters}
+        assert {info["num_trainable_params"] for info in found} == set(row.parameters)
     assert [rows[arm].equal_budget for arm in rows] == [True, True, False]
-    assert rows["decay"].ranks == "1-3" and rows["mlp"].ranks == "0-3" and rows["uniform"].ranks == "2"
+    assert (rows["decay"].ranks, rows["mlp"].ranks, rows["uniform"].ranks) == ((1, 3), (0, 3), (2, 2))
     assert any("outside the equal-budget" in line for line in captions(results))
     assert captions(results)[0] == "rate not tuned, 6 seeds"
 
@@ -162,7 +162,18 @@ def test_verdicts(copy: Path, shift: float, noise: float, verdict: str):
 def test_no_gain_no_margin(copy: Path):
     edit(copy, "untouched", 0, lambda r: r["train_info"]["metrics"].update(test_loss=1.0))
     set_losses(copy, uniform=base_losses(), decay=[loss + 0.5 for loss in base_losses()])
-    assert contrast(copy).verdict == "no verdict: the baseline gained nothing over the untouched model"
+    assert contrast(copy).verdict == "differs: higher loss", "that needs no margin"
+    same = [loss + 1e-6 * sign for loss, sign in zip(base_losses(), (1, -1) * 3, strict=True)]
+    set_losses(copy, uniform=base_losses(), decay=same)
+    assert contrast(copy).verdict.startswith("no difference shown"), (
+        "there is nothing to be equivalent within"
+    )
+
+
+def test_a_huge_loss_is_shown_and_no_traceback(copy: Path):
+    set_losses(copy, uniform=base_losses(), decay=[800.0 + i for i in range(SEEDS)])
+    row = {row.arm: row for row in arm_rows(results_in(copy))}["decay"]
+    assert row.loss == pytest.approx(802.5) and row.perplexity == pytest.approx(math.exp(700))
 
 
 def test_holms_adjustment_can_take_a_verdict_away(copy: Path):
@@ -220,8 +231,8 @@ def test_fewer_than_six_seeds_screen(copy: Path, tiny_model: Path):
 @pytest.mark.parametrize(
     "change",
     [{"margin": 0.1}, {"contrasts": ["decay"]}, {"contrasts": ["decay", "mlp", "uniform vs decay"]},
-     {"seeds": {"tuning": 0, "reporting": 7}},
-     {"baseline": "decay", "contrasts": ["uniform", "mlp", "mlp vs decay"]}],
+     {"seeds": {"tuning": 0, "reporting": 7}}, {"scale": {"rule": "constant", "value": 1.0}},
+     {"baseline": "decay", "contrasts": ["uniform", "mlp", "mlp vs uniform"]}],
     ids=str,
 )  # fmt: skip
 def test_what_is_declared_later_is_exploratory(copy: Path, tiny_model: Path, change: dict):
