@@ -199,7 +199,7 @@ OVERRIDES = {
     "data.train=[5": "--set data.train: the value '[5' is not valid YAML",
     "data.trian=5": "rankwise: --set data.trian: unknown key; the keys here are source, train",
     "data.train=0": "rankwise: --set data.train: must be greater than or equal to 1; got 0.",
-    "train.learning_rates=[1e-2, 0.01]": "rankwise: --set train.learning_rates: a rate stands here twice",
+    "train.learning_rates=[1e-2, 0.01]": "--set train.learning_rates: a rate stands here twice",
     "contrasts=[decay, decay vs uniform]": "rankwise: --set contrasts: a contrast stands here twice",
     "model=ftp:x": "rankwise: --set model: The scheme of a source must be one of hf, pypi, file; got 'ftp'.",
 }
