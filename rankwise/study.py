@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from rankwise import machine, models, sources
 from rankwise.config import Fault, digest
 from rankwise.errors import RankwiseError
@@ -84,8 +86,9 @@ def run_study(
     over from their last checkpoint.
     """
     study.store.open()
-    _open_reserved(study)
-    _declare(study)
+    with FileLock(study.store.results / ".locks" / "declared.lock"):  # two studies may start at once
+        _open_reserved(study)
+        _declare(study)
     if retry_failed:
         for run_id in {planned.run_id for planned in grid(study).runs}:
             with study.store.claim(run_id) as mine:
@@ -152,8 +155,9 @@ def train_one(study: Study, arm: str, seed: int, rate: float | None, observer: O
             "or give --rate."
         )
     study.store.open()
-    _open_reserved(study)
-    _declare(study)
+    with FileLock(study.store.results / ".locks" / "declared.lock"):  # two studies may start at once
+        _open_reserved(study)
+        _declare(study)
     planned = Planned(arm, role, seed, rate, run_config(study, arm, role, seed, rate))
     while not study.store.has(planned.run_id):
         if not _do(study, planned, observer, 30.0):
