@@ -209,33 +209,14 @@ def _write_record(
     log: Path,
 ) -> None:
     """Write every file of the record; field groups follow PEFT's method comparison."""
-    trained: Trained | None = parts.get("trained")
     env = machine.describe(context.device, context.threads)
-    train_info = {
-        "status": parts["status"],
-        "metrics": parts["metrics"],
-        "num_trainable_params": parts.get("trainable", 0),
-        "num_total_params": context.inventory.base_parameters + parts.get("trainable", 0),
-        "evaluation_time": parts.get("evaluation_seconds"),
-        "file_size": parts.get("adapter_bytes", 0),
-        **machine.peak_memory(context.device),
-    }
-    if trained is not None:
-        train_info |= {
-            "train_time": trained.seconds,
-            "train_tokens": trained.tokens,
-            "train_label_tokens": trained.label_tokens,
-            "tokens_per_second": trained.tokens / trained.seconds,
-            "steps": trained.steps,
-            "train_loss": trained.final_loss,
-        }
     result = {
         "format": FORMAT,
         "run_id": run.run_id,
         "status": parts["status"],
         "failure": parts.get("failure"),
         "run_info": {"created_at": env["time"], "experiment_name": arm, "total_time": time.time() - started},
-        "train_info": train_info,
+        "train_info": _train_info(context, parts),
         "meta_info": {
             "model_info": {
                 "source": context.base.source,
@@ -252,6 +233,30 @@ def _write_record(
     if log.exists():
         shutil.copyfile(log, staged / "metrics.jsonl")
     write_json(staged / "result.json", result)
+
+
+def _train_info(context: Context, parts: dict[str, Any]) -> dict[str, Any]:
+    """Return what the run measured: metrics, parameters, times, memory, sizes."""
+    trained: Trained | None = parts.get("trained")
+    info = {
+        "status": parts["status"],
+        "metrics": parts["metrics"],
+        "num_trainable_params": parts.get("trainable", 0),
+        "num_total_params": context.inventory.base_parameters + parts.get("trainable", 0),
+        "evaluation_time": parts.get("evaluation_seconds"),
+        "file_size": parts.get("adapter_bytes", 0),
+        **machine.peak_memory(context.device),
+    }
+    if trained is None:
+        return info
+    return info | {
+        "train_time": trained.seconds,
+        "train_tokens": trained.tokens,
+        "train_label_tokens": trained.label_tokens,
+        "tokens_per_second": trained.tokens / trained.seconds,
+        "steps": trained.steps,
+        "train_loss": trained.final_loss,
+    }
 
 
 def work_of(run: RunConfig, context: Context) -> int:
