@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import re
 import sys
@@ -222,6 +223,7 @@ def _open(path: Path, results: Path, overrides: list[str] | None, arm: str | Non
 def main() -> None:
     """Run the command line; a person's mistakes end in one message and exit code 2."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")  # theirs to mend
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it; it tells of kernels it lacks
     try:
         code = app(standalone_mode=False)
         if code == STOPPED:  # the interrupt itself ends inside of typer
