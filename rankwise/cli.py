@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rankwise.config import MOST_PROCESSES
 from rankwise.errors import RankwiseError, visible
 
 if TYPE_CHECKING:
@@ -164,14 +165,21 @@ def study_run(
     overrides: Set = None,
     retry_failed: Annotated[bool, typer.Option(help="run failed runs again")] = False,
     checkpoint_seconds: Checkpoint = 30.0,
+    processes: Annotated[
+        str, typer.Option(help="that share the runs; auto measures once per study", metavar="N|auto")
+    ] = "auto",
 ) -> None:
     """Do every pending run of a study, then print its tables. Interrupt and repeat as you like."""
+    count = _processes(processes)
     opened = _open(study, results, overrides)
-    from rankwise.study import run_study
     from rankwise.terminal import StudyProgress, print_results
+    from rankwise.workers import run_together
 
     with StudyProgress() as progress:
-        run_study(opened, progress, checkpoint_seconds=checkpoint_seconds, retry_failed=retry_failed)
+        run_together(
+            opened, progress, overrides=tuple(overrides or ()), processes=count,
+            checkpoint_seconds=checkpoint_seconds, retry_failed=retry_failed,
+        )  # fmt: skip
     failures = print_results(opened.store)
     raise typer.Exit(1 if failures else 0)
 
@@ -204,6 +212,17 @@ def study_schema() -> None:
     from rankwise.config import StudyConfig
 
     print(json.dumps(StudyConfig.model_json_schema(), indent=2))
+
+
+def _processes(text: str) -> int | None:
+    """Read --processes: a number, or None for auto."""
+    if text == "auto":
+        return None
+    if not re.fullmatch("[0-9]{1,3}", text) or not 1 <= int(text) <= MOST_PROCESSES:
+        raise RankwiseError(
+            f"--processes must be auto or a whole number from 1 to {MOST_PROCESSES}; got {text!r}."
+        )
+    return int(text)
 
 
 def _open(path: Path, results: Path, overrides: list[str] | None, arm: str | None = None) -> Study:

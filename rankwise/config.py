@@ -17,8 +17,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from rankwise.errors import did_you_mean
 
-NUMERICS = 1
+NUMERICS = 2
 """Raised by hand when results may change; part of every run's name (see tests/test_golden.py)."""
+
+MOST_PROCESSES = 64
+"""That may share the runs of a study on one machine."""
 
 SCREENING_BELOW = 6
 """With fewer reporting seeds than this a study screens: it states numbers and no verdict."""
@@ -123,7 +126,7 @@ class TrainConfig(Frozen):
         default=None, description="rows per optimizer step, instead of step_tokens"
     )
     micro_tokens: Count = Field(
-        default=1024, description="padded tokens computed at once; changes memory only"
+        default=1024, description="tokens computed at once (padded ones on the plain path); bounds memory"
     )
     max_steps: Count | None = Field(default=None, description="stop after this many optimizer steps")
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -141,6 +144,10 @@ class TrainConfig(Frozen):
         default="auto", description="of the frozen weights; auto is bf16 where the processor has it"
     )
     gradient_checkpointing: bool = False
+    engine: Literal["auto", "plain"] = Field(
+        default="auto",
+        description="auto packs rows where the model proves that it can; plain pads them (slower)",
+    )
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: Annotated[Count, Field(le=1024)] | None = Field(
         default=None, description="CPU threads; null takes what PyTorch finds"

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from rankwise.data import Example
-from rankwise.engine.batches import micro_batches
-from rankwise.engine.plain import first_not_finite, score
+from rankwise.engine.paths import Path, Plain
+from rankwise.engine.plain import first_not_finite
 from rankwise.stats import perplexity
 
 
@@ -35,22 +35,26 @@ def evaluate(
     rows: Sequence[Example],
     *,
     micro_tokens: int,
+    engine: Path | None = None,
     on_tokens: Callable[[int], None] = lambda n: None,
 ) -> Evaluation:
-    """Score every row; `on_tokens` hears how many tokens each batch held.
+    """Score every row on the engine's path, already installed on the model (plain unless given).
+
+    `on_tokens` hears how many tokens each batch held.
 
     Raises:
         FloatingPointError: when a row's loss is not finite; a missing metric is never a number.
 
     Cost: one forward pass over the rows' tokens.
     """
+    engine = engine or Plain()
     was_training = model.training
     model.eval()
     place = {id(row): i for i, row in enumerate(rows)}
     columns = {name: np.zeros(len(rows)) for name in ("nll", "tokens", "correct")}
     try:
-        for batch in micro_batches(rows, micro_tokens):
-            scores = score(model, batch)
+        for batch in engine.batches(rows, micro_tokens):
+            scores = engine.score(model, batch)
             where = [place[id(row)] for row in batch]
             for name, values in columns.items():
                 values[where] = getattr(scores, name).double().cpu().numpy()
@@ -59,7 +63,7 @@ def evaluate(
         model.train(was_training)
     if not np.isfinite(columns["nll"]).all():
         unscored = rows[int(np.flatnonzero(~np.isfinite(columns["nll"]))[0])]
-        module = first_not_finite(model, [unscored])
+        module = first_not_finite(model, [unscored], engine.score)
         raise FloatingPointError(
             f"the loss of row {unscored.row_hash[:12]} is not finite; the first bad output is of {module}"
         )

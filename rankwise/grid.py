@@ -74,6 +74,7 @@ def run_config(study: Study, arm: str, role: Role, seed: int, rate: float) -> Ru
         device=context.device,
         dtype=context.dtype,
         threads=context.threads,
+        engine=context.engine.name,
     )
 
 
@@ -92,6 +93,7 @@ def untouched_run(study: Study) -> Planned:
         device=context.device,
         dtype=context.dtype,
         threads=context.threads,
+        engine=context.engine.name,
     )
     return Planned("untouched", "untouched", 0, None, run)
 

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from rankwise.config import TrainConfig
@@ -45,12 +46,32 @@ def dtype_for(train: TrainConfig, device: str) -> str:
     return "bf16" if bf16_native(device) else "fp32"
 
 
+def cores() -> int:
+    """Return the number of processor cores that this process may use."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return allowed or 1
+
+
 def threads_for(train: TrainConfig) -> int:
     """Return the number of CPU threads, and set it: results depend on it in the last bits."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    threads = train.threads or allowed or 1
+    threads = train.threads or cores()
     torch.set_num_threads(threads)
     return threads
+
+
+def available_memory() -> int:
+    """Return the bytes that new work may take: free on the machine, and within this process's cgroup."""
+    free = psutil.virtual_memory().available
+    try:
+        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
+    except (OSError, ValueError):
+        return free  # no limit ("max"), or not Linux's second kind of control groups
+    return min(free, max(0, limit - used))
+
+
+def resident_memory() -> int:
+    """Return the bytes that this process holds now."""
+    return int(psutil.Process().memory_info().rss)
 
 
 def keep_freed_memory() -> None:

@@ -18,11 +18,14 @@ class Observer:
     def started(self, planned: Planned, work: int) -> None:
         """Hear that a run begins."""
 
-    def work(self, units: int) -> None:
-        """Hear that this much of the present run's work is done."""
+    def work(self, planned: Planned, units: int) -> None:
+        """Hear that this much more of a run's work is done; several runs may be under way."""
 
     def finished(self, planned: Planned, status: str) -> None:
         """Hear that a run has ended, done or failed."""
 
     def waiting(self, runs: int) -> None:
         """Hear that all pending runs are in other processes' hands."""
+
+    def note(self, text: str) -> None:
+        """Hear a sentence for the reader, such as how the work is shared."""

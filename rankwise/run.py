@@ -18,6 +18,7 @@ from rankwise import adapters, machine, models
 from rankwise.config import NUMERICS, Frozen, ScaleRule, StudyConfig, Targets, TrainConfig, digest
 from rankwise.data import Example, Prepared, training_rows
 from rankwise.engine.batches import optimizer_steps
+from rankwise.engine.paths import Path as EnginePath
 from rankwise.evaluate import Evaluation, evaluate
 from rankwise.inventory import Inventory
 from rankwise.plans import RankPlan
@@ -52,6 +53,7 @@ class RunConfig(Frozen):
     device: str
     dtype: str
     threads: int
+    engine: str = "plain"
     seed: int
     numerics: int = NUMERICS
 
@@ -72,6 +74,15 @@ class Context:
     device: str
     dtype: str
     threads: int
+    engine: EnginePath
+
+    @property
+    def notices(self) -> list[str]:
+        """Return what a reader of results must know, of the model, its modules, the engine and the rows."""
+        engine = [] if self.engine.notice is None else [self.engine.notice]
+        if self.engine.name != "plain" and self.study.train.dropout:
+            engine.append("with dropout the adapters keep PEFT's own forward, which is slower")
+        return [*self.base.notices, *self.inventory.notices, *engine, *self.prepared.notices]
 
     def test_rows(self, confirmatory: bool) -> tuple[Example, ...]:
         """Return the rows that reporting runs are scored on; only a confirmatory study gets the reserved."""
@@ -117,7 +128,8 @@ def execute(
     parts: dict[str, Any]
     try:
         if run.role == "untouched":
-            parts = _score(run, context, context.base.model, staged, on_work)
+            with context.engine.installed(context.base.model):
+                parts = _score(run, context, context.base.model, staged, on_work)
         else:
             parts = _train_and_score(run, context, folder, staged, checkpoint_seconds, on_work)
         parts["status"] = "done"
@@ -151,23 +163,26 @@ def _train_and_score(
         if run.train.gradient_checkpointing:
             # not reentrant, so that the frozen input needs no gradient; Transformers asks for it regardless
             adapted.gradient_checkpointing_enable({"use_reentrant": False})
-        trained = train_adapters(
-            adapted,
-            optimizer_steps(rows, run.train, run.seed),
-            run.train,
-            rate=run.train.learning_rates[0],
-            seed=run.seed,
-            folder=folder,
-            checkpoint_seconds=checkpoint_seconds,
-            on_step=lambda entry: on_work(TRAIN_COST * entry["tokens"]),
-        )
-        parts = _score(run, context, adapted, staged, on_work)
+            adapted.disable_input_require_grads()  # else backward would reach below the lowest adapter
+        with context.engine.installed(adapted):
+            trained = train_adapters(
+                adapted,
+                optimizer_steps(rows, run.train, run.seed),
+                run.train,
+                rate=run.train.learning_rates[0],
+                seed=run.seed,
+                folder=folder,
+                engine=context.engine,
+                checkpoint_seconds=checkpoint_seconds,
+                on_step=lambda entry: on_work(TRAIN_COST * entry["tokens"]),
+            )
+            parts = _score(run, context, adapted, staged, on_work)
+            parts["unfused"] = len(context.engine.unfused)
         parts["adapter_bytes"] = adapters.save(adapted, staged / "adapter")
         parts["trainable"] = adapters.trainable_parameters(adapted)
     finally:
         if run.train.gradient_checkpointing:
             adapted.gradient_checkpointing_disable()
-            adapted.disable_input_require_grads()
         adapters.detach(adapted).train(was_training)
     return parts | {"trained": trained}
 
@@ -188,7 +203,8 @@ def _score(
     metrics: dict[str, Any] = {}
     began = time.perf_counter()
     for split, rows in scored_splits(run, context).items():
-        result = evaluate(model, rows, micro_tokens=run.train.micro_tokens, on_tokens=on_work)
+        micro_tokens, engine = run.train.micro_tokens, context.engine
+        result = evaluate(model, rows, micro_tokens=micro_tokens, engine=engine, on_tokens=on_work)
         metrics |= {f"{split}_{name}": value for name, value in result.metrics.items()}
         _write_examples(staged / ("examples.parquet" if split == "test" else f"{split}.parquet"), result)
     return {"metrics": metrics, "evaluation_seconds": time.perf_counter() - began}
@@ -256,6 +272,7 @@ def _train_info(context: Context, parts: dict[str, Any]) -> dict[str, Any]:
         "tokens_per_second": trained.tokens / trained.seconds,
         "steps": trained.steps,
         "train_loss": trained.final_loss,
+        "unfused_modules": parts["unfused"],
     }
 
 

@@ -12,8 +12,9 @@ from typing import Any
 
 from filelock import FileLock
 
-from rankwise import machine, models, sources
+from rankwise import execution, machine, models, sources
 from rankwise.config import Fault, digest
+from rankwise.engine import proof
 from rankwise.errors import RankwiseError
 from rankwise.grid import FIRST_TUNING_SEED, Grid, Planned, Study, grid, run_config
 from rankwise.inventory import inventory
@@ -50,10 +51,11 @@ def open_study(path: Path, results: Path, overrides: tuple[str, ...] = ()) -> St
     with file.at("model"):
         base = models.load(config.model, dtype, device, path.parent)
         modules = inventory(base.model, accept_unreachable=config.accept_unreachable)
+    engine = proof.choose(base.model, config.train.engine)
     with file.at("data"):
         prepared = prepare_data(file, found, base.tokenizer)
-    context = Context(config, base, prepared, modules, device, dtype, threads)
-    study = Study(file, context, store)
+    context = Context(config, base, prepared, modules, device, dtype, threads, engine)
+    study = execution.settled(Study(file, context, store))
     faults = plan_faults(study)
     if config.confirmatory and not prepared.splits.reserved:
         faults.append(Fault(("confirmatory",), "there are no reserved rows to open; give data.reserved."))
@@ -80,11 +82,13 @@ def plan_faults(study: Study) -> list[Fault]:
 def run_study(
     study: Study, observer: Observer, *, checkpoint_seconds: float = 30.0, retry_failed: bool = False
 ) -> dict[str, Any]:
-    """Do every pending run of the study and return its index (see `write_index`).
+    """Do every pending run of the study in this process and return its index (see `write_index`)."""
+    prepare(study, retry_failed=retry_failed)
+    return work_through(study, observer, checkpoint_seconds=checkpoint_seconds, retry_failed=retry_failed)
 
-    Runs that another process holds are left to it and waited for; if that process dies, they are taken
-    over from their last checkpoint.
-    """
+
+def prepare(study: Study, *, retry_failed: bool = False) -> None:
+    """Open the store, declare the study, and put failed runs back if they are to be tried again."""
     study.store.open()
     with FileLock(study.store.results / ".locks" / "declared.lock"):  # two studies may start at once
         _open_reserved(study)
@@ -94,6 +98,16 @@ def run_study(
             with study.store.claim(run_id) as mine:
                 if mine and study.store.has(run_id) and study.store.record(run_id)["status"] == "failed":
                     study.store.discard(run_id)
+
+
+def work_through(
+    study: Study, observer: Observer, *, checkpoint_seconds: float, retry_failed: bool
+) -> dict[str, Any]:
+    """Claim and do runs until none is pending, in a study that is prepared; return its index.
+
+    Runs that another process holds are left to it and waited for; if that process dies, they are taken
+    over from their last checkpoint.
+    """
     while True:
         now = grid(study)
         index = write_index(study, now)
@@ -127,7 +141,7 @@ def _do(
                 store,
                 arm=planned.arm,
                 checkpoint_seconds=checkpoint_seconds,
-                on_work=observer.work,
+                on_work=lambda units: observer.work(planned, units),
             )
     observer.finished(planned, status)
     return True
@@ -177,7 +191,8 @@ def write_index(study: Study, now: Grid) -> dict[str, Any]:
             "threads": context.threads,
             "model": context.base.fingerprint,
             "data": context.prepared.fingerprint,
-            "notices": [*context.base.notices, *context.inventory.notices, *context.prepared.notices],
+            "engine": context.engine.name,
+            "notices": context.notices,
         },
         "exploratory": _declared(study) != declaration(study),
         "tuning_unfinished": now.unfinished,

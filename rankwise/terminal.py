@@ -6,7 +6,9 @@ Names and values are shown as they are: neither markup nor control characters in
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rich import markup
@@ -134,6 +136,15 @@ def _contrast_cells(row: ContrastRow) -> list[str]:
     ]
 
 
+@dataclass
+class Going:
+    """A run under way in some process: since when, and how much of its work is done."""
+
+    planned: Planned
+    began: float
+    done: int = 0
+
+
 class StudyProgress(Observer):
     """A study's progress: a live bar and table on a terminal, one line per run elsewhere."""
 
@@ -150,11 +161,12 @@ class StudyProgress(Observer):
         )
         self.task = self.bar.add_task("study", total=None)
         self.live = Live(console=err, refresh_per_second=4, transient=True)
-        self.began: dict[str, float] = {}
-        self.counts = (0, 0)
-        self.done: dict[str, int] = {}
-        self.wanted: dict[str, int] = {}
-        self.worked = 0
+        self.runs: dict[str, Planned] = {}
+        self.work_of: dict[str, int] = {}
+        self.before: set[str] = set()  # runs that had ended when they were first heard of
+        self.ended: set[str] = set()
+        self.going: dict[str, Going] = {}
+        self.said = (0, 0)  # runs done and known, as they were last printed
 
     def __enter__(self) -> StudyProgress:
         if self.live_terminal:
@@ -167,53 +179,52 @@ class StudyProgress(Observer):
 
     def grid(self, grid: Grid, store: Store, work: dict[str, int]) -> None:
         """Take in a (possibly longer) list of runs."""
-        names = {p.run_id: p for p in grid.runs}
-        finished = {run_id for run_id in names if store.has(run_id)}
-        self.counts = (len(finished), len(names))
-        self.done, self.wanted = {}, {}
-        for run_id, planned in names.items():
-            label = f"{planned.arm} ({planned.role})"
-            self.wanted[label] = self.wanted.get(label, 0) + 1
-            self.done[label] = self.done.get(label, 0) + (run_id in finished)
-        left = sum(work[run_id] for run_id in names if run_id not in finished)
-        self.bar.update(self.task, total=self.worked + left, completed=self.worked)
-        if not self.live_terminal and left:
+        known, self.runs = self.runs.keys(), {p.run_id: p for p in grid.runs}
+        self.work_of |= work
+        recorded = {run_id for run_id in self.runs if store.has(run_id)}
+        self.before |= recorded - known - self.ended
+        self.ended |= recorded
+        counts = len(self.ended & self.runs.keys()), len(self.runs)
+        if not self.live_terminal and counts[0] < counts[1] and counts != self.said:
             more = ", more once learning rates are tuned" if grid.unfinished else ""
-            say(f"{len(finished)} of {len(names)} runs done{more}", err)
+            say(f"{counts[0]} of {counts[1]} runs done{more}", err)
+        self.said = counts
         self._draw()
 
     def started(self, planned: Planned, work: int) -> None:
         """Note a run's start."""
-        self.began[planned.run_id] = time.perf_counter()
-        self.bar.update(self.task, description=escape(f"{planned.arm} seed {planned.seed}"))
-        self.target = self.worked + work
+        self.work_of[planned.run_id] = work
+        self.going[planned.run_id] = Going(planned, time.perf_counter())
         self._draw()
 
-    def work(self, units: int) -> None:
+    def work(self, planned: Planned, units: int) -> None:
         """Advance the bar."""
-        self.worked += units
-        self.bar.update(self.task, completed=self.worked)
+        if planned.run_id in self.going:
+            self.going[planned.run_id].done += units
         self._draw()
 
     def finished(self, planned: Planned, status: str) -> None:
         """Note a run's end."""
-        self.worked = self.target
-        self.bar.update(self.task, completed=self.worked)
-        self.counts = (self.counts[0] + 1, self.counts[1])
-        label = f"{planned.arm} ({planned.role})"
-        self.done[label] = self.done.get(label, 0) + 1
-        seconds = time.perf_counter() - self.began[planned.run_id]
-        rate = "" if planned.rate is None else f", rate {planned.rate:g}"
-        place = f"[{self.counts[0]}/{self.counts[1]}] " if self.counts[1] else ""
-        text = f"{place}{label} seed {planned.seed}{rate}: {status}, {seconds:.0f} s"
-        if not self.live_terminal:
-            say(text + self._eta(), err)
+        went = self.going.pop(planned.run_id)
+        self.ended.add(planned.run_id)
         self._draw()
+        rate = "" if planned.rate is None else f", rate {planned.rate:g}"
+        self.said = len(self.ended & self.runs.keys()), len(self.runs)
+        place = f"[{self.said[0]}/{self.said[1]}] " if self.runs else ""
+        label = f"{planned.arm} ({planned.role})"
+        seconds = time.perf_counter() - went.began
+        if not self.live_terminal:
+            say(f"{place}{label} seed {planned.seed}{rate}: {status}, {seconds:.0f} s{self._eta()}", err)
 
     def waiting(self, runs: int) -> None:
         """Note that the rest is in other processes' hands."""
-        self.bar.update(self.task, description=f"waiting for another process ({runs} runs)")
+        if not self.going:
+            self.bar.update(self.task, description=f"waiting for another process ({runs} runs)")
         self._draw()
+
+    def note(self, text: str) -> None:
+        """Print a sentence, above the bar where there is one."""
+        say(text, err)
 
     def _eta(self) -> str:
         left = self.bar.tasks[0].time_remaining
@@ -222,13 +233,24 @@ class StudyProgress(Observer):
         return f", about {left / 60:.0f} min left" if left >= 90 else f", about {left:.0f} s left"
 
     def _draw(self) -> None:
-        if self.live_terminal:
-            table = Table(box=None, pad_edge=False)
-            table.add_column("arm")
-            table.add_column("runs", justify="right")
-            for label, wanted in self.wanted.items():
-                table.add_row(escape(label), f"{self.done.get(label, 0)}/{wanted}")
-            self.live.update(Group(table, self.bar))
+        total = sum(self.work_of[run_id] for run_id in self.runs.keys() - self.before)
+        worked = sum(self.work_of[run_id] for run_id in self.ended - self.before)
+        for run_id, run in self.going.items():
+            worked += 0 if run_id in self.ended else min(run.done, self.work_of[run_id])
+        self.bar.update(self.task, total=total or None, completed=worked)
+        if self.going:
+            at_work = ", ".join(f"{run.planned.arm} seed {run.planned.seed}" for run in self.going.values())
+            self.bar.update(self.task, description=escape(at_work))
+        if not self.live_terminal:
+            return
+        table = Table(box=None, pad_edge=False)
+        table.add_column("arm")
+        table.add_column("runs", justify="right")
+        wanted = Counter(f"{run.arm} ({run.role})" for run in self.runs.values())
+        done = Counter(f"{r.arm} ({r.role})" for run_id, r in self.runs.items() if run_id in self.ended)
+        for label, count in wanted.items():
+            table.add_row(escape(label), f"{done[label]}/{count}")
+        self.live.update(Group(table, self.bar))
 
 
 def print_results(store: Store) -> int:
@@ -277,5 +299,5 @@ def print_design(study: Study) -> None:
         f"runs: {len(now.runs)} known, {len(pending)} pending ({tokens:,} forward token passes)"
         + (", reporting runs follow the tuning" if now.unfinished else "")
     )
-    for notice in (*design_warnings(config), *context.base.notices, *context.inventory.notices):
+    for notice in (*design_warnings(config), *context.notices):
         say(f"note: {notice}")

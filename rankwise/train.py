@@ -17,8 +17,10 @@ from safetensors.torch import save_file
 from rankwise.adapters import adapter_tensors
 from rankwise.config import TrainConfig
 from rankwise.data import Example
-from rankwise.engine.batches import label_count, micro_batches
-from rankwise.engine.plain import first_not_finite, score
+from rankwise.engine.batches import label_count
+from rankwise.engine.paths import Path as EnginePath
+from rankwise.engine.paths import Plain
+from rankwise.engine.plain import first_not_finite
 from rankwise.seeds import derive
 
 
@@ -63,6 +65,7 @@ def train_adapters(
     rate: float,
     seed: int,
     folder: Path,
+    engine: EnginePath | None = None,
     checkpoint_seconds: float = 30.0,
     on_step: Callable[[dict[str, Any]], None] = lambda entry: None,
     after_step: Callable[[Any, int], None] | None = None,
@@ -78,6 +81,7 @@ def train_adapters(
         config: optimizer, schedule, clipping, micro-batch size.
         rate: peak learning rate.
         seed: the run's seed.
+        engine: the way through the model, already installed on it; the plain path unless given.
         folder: holds `checkpoint.safetensors` and `metrics.jsonl`.
         checkpoint_seconds: time between checkpoints; the last step always writes one.
         on_step: hears each step's log entry.
@@ -86,6 +90,7 @@ def train_adapters(
     Raises:
         Diverged: at the first loss or gradient that is not finite.
     """
+    engine = engine or Plain()
     parameters = adapter_tensors(model)
     optimizer = torch.optim.AdamW(
         parameters.values(), lr=rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
@@ -101,7 +106,7 @@ def train_adapters(
             group["lr"] = rate * rate_factor(config, step, len(steps))
         torch.manual_seed(derive(seed, "dropout", step))
         started = time.perf_counter()
-        entry = _one_step(model, steps[step], parameters, optimizer, config, step, log.last)
+        entry = _one_step(model, steps[step], parameters, optimizer, config, engine, step, log.last)
         entry["seconds"] = time.perf_counter() - started
         if after_step is not None:
             after_step(model, step + 1)
@@ -123,6 +128,7 @@ def _one_step(
     parameters: dict[str, torch.nn.Parameter],
     optimizer: torch.optim.Optimizer,
     config: TrainConfig,
+    engine: EnginePath,
     step: int,
     last: dict[str, Any] | None,
 ) -> dict[str, Any]:
@@ -130,11 +136,11 @@ def _one_step(
     labels = label_count(rows)
     total = 0.0
     optimizer.zero_grad(set_to_none=True)
-    for batch in micro_batches(rows, config.micro_tokens):
-        loss = score(model, batch).nll.sum() / labels
+    for batch in engine.batches(rows, config.micro_tokens):
+        loss = engine.score(model, batch).nll.sum() / labels
         value = loss.item()
         if not math.isfinite(value):
-            where = first_not_finite(model, batch)
+            where = first_not_finite(model, batch, engine.score)
             raise Diverged(step, f"the loss is {value}; the first bad output is of {where}", last)
         loss.backward()
         total += value

@@ -222,7 +222,7 @@ def whole_records(results: Path) -> list[Path]:
     for record in records:
         assert json.loads((record / "result.json").read_text())["status"] == "done", record
         assert {"config.json", "env.json", "examples.parquet"} <= {p.name for p in record.iterdir()}
-    known = {"runs", "store.json", "study.json", "declared.json", "rows.json"}
+    known = {"runs", "store.json", "study.json", "declared.json", "rows.json", "execution.json"}
     stray = [p for p in results.glob("*/*") if p.name not in known]
     assert not [p for p in stray if p.parent.name not in (".partial", ".locks")], stray
     return records

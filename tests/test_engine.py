@@ -15,6 +15,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from rankwise import adapters
+from rankwise.engine import proof
 from rankwise.engine.batches import label_count, micro_batches, optimizer_steps
 from rankwise.engine.plain import first_not_finite, score
 from rankwise.evaluate import evaluate
@@ -229,14 +230,23 @@ def poisoned():
     return model
 
 
-def test_a_bad_weight_is_named_in_training_and_evaluation(tmp_path: Path):
+@pytest.mark.parametrize("path", ["plain", "packed"])
+def test_a_bad_weight_is_named_in_training_and_evaluation(path: str, tmp_path: Path):
+    engine = proof.choose(tiny_llama().requires_grad_(False), "plain" if path == "plain" else "auto")
+    assert engine.name == path
     rows, config = hand_rows(4), train_config()
-    with pytest.raises(FloatingPointError, match=r"row 0{12} is not finite.*layers\.1\.mlp\.up_proj"):
-        evaluate(poisoned(), rows, micro_tokens=100)
-    model = poisoned()
+    model = poisoned().requires_grad_(False)
+    with (
+        pytest.raises(FloatingPointError, match=r"row 0{12} is not finite.*layers\.1\.mlp\.up_proj"),
+        engine.installed(model),
+    ):
+        evaluate(model, rows, micro_tokens=100, engine=engine)
     adapted = adapters.attach(model, plan_of(model, budget="r=2"), seed=0)
-    with pytest.raises(Diverged, match=r"step 0: the loss is nan.*layers\.1\.mlp\.up_proj") as error:
-        train_adapters(adapted, [rows], config, rate=1e-3, seed=0, folder=tmp_path)
+    with (
+        pytest.raises(Diverged, match=r"step 0: the loss is nan.*layers\.1\.mlp\.up_proj") as error,
+        engine.installed(adapted),
+    ):
+        train_adapters(adapted, [rows], config, rate=1e-3, seed=0, folder=tmp_path, engine=engine)
     assert error.value.step == 0 and error.value.last is None
     assert not (tmp_path / "checkpoint.safetensors").exists()
     assert not any(module._forward_hooks for module in model.modules())

@@ -13,7 +13,8 @@ ROOT = Path(__file__).parent.parent / "rankwise"
 ORDER = """
     errors config seeds stats selection store tables budget plans inventory strategies
     cached package_index downloads sources studyfaults studyfile machine models rows data datacard studydata
-    adapters engine train evaluate run grid observer study planning terminal doctor cli __init__ __main__
+    adapters engine train evaluate run grid speed execution observer study worker workers planning terminal
+    doctor cli __init__ __main__
 """.split()
 """From the top down; a folder is one room. New files find their place here."""
 

@@ -55,6 +55,22 @@ def micro_batches(examples: Sequence[Example], micro_tokens: int) -> list[list[E
     return batches
 
 
+def packs(examples: Sequence[Example], micro_tokens: int) -> list[list[Example]]:
+    """Group rows within `micro_tokens` tokens (one row at least): the longest first, each where it fits."""
+    bins: list[list[Example]] = []
+    room: list[int] = []
+    for example in sorted(examples, key=lambda e: (-len(e.input_ids), e.row_hash)):
+        length = len(example.input_ids)
+        fits = next((i for i, left in enumerate(room) if length <= left), None)
+        if fits is None:
+            fits = len(bins)
+            bins.append([])
+            room.append(micro_tokens)
+        bins[fits].append(example)
+        room[fits] -= length
+    return bins
+
+
 def label_count(examples: Sequence[Example]) -> int:
     """Return the number of tokens that the loss is taken over."""
     return int(sum(np.count_nonzero(e.labels[1:] != -100) for e in examples))

@@ -6,7 +6,7 @@ Shapes: B rows, T tokens of the longest row, P positions that some row has a lab
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,9 @@ class Scores:
     correct: torch.Tensor
 
 
+Scorer = Callable[[Any, Sequence[Example]], Scores]
+
+
 def score(model: Any, rows: Sequence[Example]) -> Scores:
     """Return the loss of each row; logits are made only at positions that some row has a label for."""
     device = next(model.parameters()).device
@@ -42,15 +45,14 @@ def score(model: Any, rows: Sequence[Example]) -> Scores:
     positions = (shifted != IGNORE).any(dim=0).nonzero().squeeze(1)  # (P,)
     wanted = shifted[:, positions]  # (B, P)
     logits = _logits(model, ids, mask, positions).float()  # (B, P, V)
-    nll = functional.cross_entropy(
-        logits.transpose(1, 2), wanted, ignore_index=IGNORE, reduction="none"
-    )  # (B, P)
+    # over the last axis: along a strided one PyTorch sums the vocabulary less exactly (LOG.md, 2026-11-24)
+    nll = functional.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none").view_as(wanted)
     right = (logits.detach().argmax(-1) == wanted) & (wanted != IGNORE)
     return Scores(nll.sum(1), (wanted != IGNORE).sum(1), right.sum(1))
 
 
 @torch.no_grad()
-def first_not_finite(model: Any, rows: Sequence[Example]) -> str:
+def first_not_finite(model: Any, rows: Sequence[Example], scored: Scorer = score) -> str:
     """Name the module whose output goes bad first in a forward pass, to explain a loss that is not finite."""
     bad: list[str] = []
 
@@ -64,7 +66,7 @@ def first_not_finite(model: Any, rows: Sequence[Example]) -> str:
     watched = [(name, module) for name, module in model.named_modules() if name]
     handles = [module.register_forward_hook(watch(name)) for name, module in watched]
     try:
-        score(model, rows)
+        scored(model, rows)
     finally:
         for handle in handles:
             handle.remove()
@@ -72,12 +74,13 @@ def first_not_finite(model: Any, rows: Sequence[Example]) -> str:
 
 
 def _logits(model: Any, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    if _keeps_logits(type(_unwrapped(model))):
+    if _keeps_logits(type(unwrapped(model))):
         return model(input_ids=ids, attention_mask=mask, logits_to_keep=positions, use_cache=False).logits
     return model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, positions]
 
 
-def _unwrapped(model: Any) -> Any:
+def unwrapped(model: Any) -> Any:
+    """Return the Transformers model, with its adapters in place, of a PEFT model; any other as it is."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
