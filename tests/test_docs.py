@@ -33,7 +33,8 @@ def test_the_table_of_commands_is_the_programs() -> None:
 
 def test_the_tree_names_every_file() -> None:
     tree = README.split("## The tree")[1]
-    files = {p.name for p in (ROOT / "rankwise").glob("*.py") if not p.name.startswith("__")}
+    folders = (ROOT / "rankwise", ROOT / "rankwise" / "engine")
+    files = {p.name for folder in folders for p in folder.glob("*.py") if not p.name.startswith("__")}
     named = set(re.findall(r"([a-z_]+\.py)", tree))
     assert files == named & files, f"missing in the tree: {sorted(files - named)}"
     assert named <= files, f"in the tree but not on disk: {sorted(named - files)}"
