@@ -166,6 +166,7 @@ def choose(study: Study, asked: int | None, together: Together) -> Choice:
         return Choice(asked, threads, "as --processes says")
     if study.context.device != "cpu":
         return Choice(1, threads, "the GPU does the work")
+    study = with_threads(study, threads)  # threads are part of a run's name: without them all would seem free
     now = grid(study)
     states = [study.store.state(planned.run_id) for planned in now.pending(study.store)]
     free, busy = states.count("pending"), states.count("running")
@@ -173,7 +174,6 @@ def choose(study: Study, asked: int | None, together: Together) -> Choice:
     planned = first_training(now, study.store)
     if most < 2 or planned is None:
         return Choice(1, threads, "nothing to share: one run is left" if free < 2 else "it takes every core")
-    study = with_threads(study, threads)
     try:
         if bound:
             return _for_these_threads(study, planned, works(study, now), most)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -157,34 +158,42 @@ def _train_and_score(
     plan = plan_for(run, context.inventory, context.base.source)
     plan.save(staged / "plan.json")
     rows = training_rows(context.prepared, run.seed, run.train_rows)
-    was_training = context.base.model.training
-    adapted = adapters.attach(context.base.model, plan, seed=run.seed, dropout=run.train.dropout)
+    with adapted_for(run, context, plan) as adapted:
+        trained = train_adapters(
+            adapted,
+            optimizer_steps(rows, run.train, run.seed),
+            run.train,
+            rate=run.train.learning_rates[0],
+            seed=run.seed,
+            folder=folder,
+            engine=context.engine,
+            checkpoint_seconds=checkpoint_seconds,
+            on_step=lambda entry: on_work(TRAIN_COST * entry["tokens"]),
+        )
+        parts = _score(run, context, adapted, staged, on_work)
+        parts["unfused"] = len(context.engine.unfused)
+        parts["adapter_bytes"] = adapters.save(adapted, staged / "adapter")
+        parts["trainable"] = adapters.trainable_parameters(adapted)
+    return parts | {"trained": trained}
+
+
+@contextmanager
+def adapted_for(run: RunConfig, context: Context, plan: RankPlan) -> Iterator[Any]:
+    """Yield the base model with the run's adapters, ready to train; then take them off it again."""
+    base = context.base.model
+    was_training = base.training
+    adapted = adapters.attach(base, plan, seed=run.seed, dropout=run.train.dropout)
     try:
         if run.train.gradient_checkpointing:
             # not reentrant, so that the frozen input needs no gradient; Transformers asks for it regardless
             adapted.gradient_checkpointing_enable({"use_reentrant": False})
             adapted.disable_input_require_grads()  # else backward would reach below the lowest adapter
         with context.engine.installed(adapted):
-            trained = train_adapters(
-                adapted,
-                optimizer_steps(rows, run.train, run.seed),
-                run.train,
-                rate=run.train.learning_rates[0],
-                seed=run.seed,
-                folder=folder,
-                engine=context.engine,
-                checkpoint_seconds=checkpoint_seconds,
-                on_step=lambda entry: on_work(TRAIN_COST * entry["tokens"]),
-            )
-            parts = _score(run, context, adapted, staged, on_work)
-            parts["unfused"] = len(context.engine.unfused)
-        parts["adapter_bytes"] = adapters.save(adapted, staged / "adapter")
-        parts["trainable"] = adapters.trainable_parameters(adapted)
+            yield adapted
     finally:
         if run.train.gradient_checkpointing:
             adapted.gradient_checkpointing_disable()
         adapters.detach(adapted).train(was_training)
-    return parts | {"trained": trained}
 
 
 def scored_splits(run: RunConfig, context: Context) -> dict[str, tuple[Example, ...]]:

@@ -10,11 +10,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from rankwise import adapters, machine
+from rankwise import machine
 from rankwise.data import Example, training_rows
 from rankwise.engine.batches import optimizer_steps
 from rankwise.grid import Planned, Study
-from rankwise.run import plan_for
+from rankwise.run import adapted_for, plan_for
 from rankwise.train import train_adapters
 
 WINDOW_SECONDS = 2.5
@@ -116,19 +116,15 @@ def _train_aside(
     The rate is next to nothing, as no speed depends on it and no step may diverge.
     """
     context, run = study.context, planned.run
-    model, plan = context.base.model, plan_for(run, context.inventory, "")
-    was_training = model.training
-    adapted = adapters.attach(model, plan, seed=run.seed, dropout=run.train.dropout)
+    plan = plan_for(run, context.inventory, "")
     try:
-        with context.engine.installed(adapted), TemporaryDirectory(prefix="rankwise-") as folder:
+        with adapted_for(run, context, plan) as adapted, TemporaryDirectory(prefix="rankwise-") as folder:
             train_adapters(
                 adapted, steps, run.train, rate=1e-9, seed=run.seed, folder=Path(folder),
                 engine=context.engine, checkpoint_seconds=math.inf, on_step=on_step,
             )  # fmt: skip
     except _Enough:
         pass
-    finally:
-        adapters.detach(adapted).train(was_training)
 
 
 def _first_rows(step: Iterable[Example], tokens: int) -> list[Example]:

@@ -143,6 +143,7 @@ def _one_step(
             where = first_not_finite(model, batch, engine.score)
             raise Diverged(step, f"the loss is {value}; the first bad output is of {where}", last)
         loss.backward()
+        del loss  # else its graph would live on beside the next one
         total += value
     norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.clip or math.inf).item()
     if not math.isfinite(norm):

@@ -56,7 +56,10 @@ class Worker:
         """Pass on what the worker tells, and at last that it has ended."""
         assert self.process.stdout is not None
         for line in self.process.stdout:
-            told = json.loads(line)
+            try:
+                told = json.loads(line)
+            except ValueError:
+                break  # cut short by whatever ended the process
             self.loaded = self.loaded or told["event"] == "open"
             self.heard.put((self, told))
         self.process.wait()

@@ -38,6 +38,12 @@ def alike(count: int, beginning: int) -> list:
     return [dataclasses.replace(r, input_ids=np.r_[head, r.input_ids[beginning:]]) for r in rows]
 
 
+def seen(pack: packing.Pack, tensor: torch.Tensor, span: packing.Span, dim: int) -> torch.Tensor:
+    """What a span sees of a tensor along the token axis: the beginning, then itself."""
+    own = tensor.narrow(dim, span.start, span.length)
+    return torch.cat((tensor.narrow(dim, 0, span.before), own), dim)
+
+
 def test_a_pack_lays_rows_end_to_end():
     rows = hand_rows(3)
     pack = packing.pack(rows)
@@ -56,8 +62,8 @@ def test_what_all_rows_begin_with_is_there_once(beginning):
     assert pack.shared == beginning
     assert pack.tokens == sum(len(r.input_ids) for r in rows) - 3 * beginning
     for span, row in zip(pack.spans[1:], rows, strict=True):
-        assert pack.seen(pack.ids[0], span, 0).tolist() == row.input_ids.tolist()
-        assert pack.seen(pack.positions[0], span, 0).tolist() == list(range(len(row.input_ids)))
+        assert seen(pack, pack.ids[0], span, 0).tolist() == row.input_ids.tolist()
+        assert seen(pack, pack.positions[0], span, 0).tolist() == list(range(len(row.input_ids)))
     for place, target, owner in zip(pack.where, pack.targets, pack.rows, strict=True):
         row, position = rows[int(owner)], int(pack.positions[0, place])
         assert row.labels[position + 1] == target and (pack.ids[0, place] == row.input_ids[position]).all()
@@ -75,7 +81,7 @@ def test_seen_by_all_and_its_transpose():
     pack = packing.pack(alike(4, 12))
     x = torch.randn(2, pack.tokens, 3, dtype=torch.float64)
     out = pack.seen_by_all(x, 1)
-    assert torch.equal(out, torch.cat([pack.seen(x, span, 1) for span in pack.spans], 1))
+    assert torch.equal(out, torch.cat([seen(pack, x, span, 1) for span in pack.spans], 1))
     g = torch.randn_like(out)
     assert (g * out).sum().item() == pytest.approx((pack.gathered(g, 1) * x).sum().item())
 
@@ -188,6 +194,12 @@ def test_the_loss_of_a_sure_model_and_of_a_hopeless_one():
     hidden = torch.tensor([[1.0], [1.0], [1.0]])
     losses, correct = loss.chunked_loss(hidden, head, torch.tensor([0, 1, 2]))
     assert losses.tolist() == [0.0, 600.0, 300.0] and correct.tolist() == [True, False, False]
+
+
+def test_a_small_loss_beside_large_logits_keeps_its_digits():
+    head = loss.Head(torch.tensor([[110.0], [100.0]]))
+    found, _ = loss.chunked_loss(torch.ones(1, 1), head, torch.tensor([0]))
+    assert found.item() == pytest.approx(4.5399e-5, rel=1e-3)
 
 
 def test_full_logits_are_never_held(monkeypatch: pytest.MonkeyPatch):

@@ -28,6 +28,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    OlmoConfig,
+    OlmoForCausalLM,
     OPTConfig,
     OPTForCausalLM,
 )
@@ -102,6 +104,11 @@ def cohere() -> Any:
     return _made(CohereForCausalLM, CohereConfig(**GLU, logit_scale=0.25))
 
 
+def olmo() -> Any:
+    """Clamps its projections in place."""
+    return _made(OlmoForCausalLM, OlmoConfig(**GLU, clip_qkv=0.5))
+
+
 def falcon() -> Any:
     """Its attention is its own: positions by ALiBi, no registered function is asked."""
     sizes = {
@@ -125,5 +132,5 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 }  # fmt: skip
 """Those on which every training invariant is tested."""
 
-PACKABLE = {**FAMILIES, "gemma3": gemma3, "mistral": mistral, "cohere": cohere}
+PACKABLE = {**FAMILIES, "gemma3": gemma3, "mistral": mistral, "cohere": cohere, "olmo": olmo}
 UNPACKABLE: dict[str, Callable[[], Any]] = {"falcon": falcon, "bloom": bloom}

@@ -99,8 +99,10 @@ def by_rows(
     """Row by row through PyTorch's SDPA (its flash kernels on GPU); the reference of the blocked kernel."""
     grouped = query.shape[1] != key.shape[1]
     parts = []
-    for span in pack.spans:
-        q, k, v = query[:, :, span.own], pack.seen(key, span, 2), pack.seen(value, span, 2)
+    seen = [span.seen for span in pack.spans]
+    keys, values = (pack.seen_by_all(t, 2).split(seen, 2) for t in (key, value))
+    queries = query.split([span.length for span in pack.spans], 2)
+    for span, q, k, v in zip(pack.spans, queries, keys, values, strict=True):
         if softcap is not None:
             parts.append(_capped(q, k, v, pack.mask(span, window), scale, dropout, softcap))
             continue
@@ -152,14 +154,14 @@ class _Blocked(torch.autograd.Function):
             weights = _weights(q, k, pack, span, first, last, seen, window)
             out[:, first:last] = torch.bmm(weights, v[:, seen])
             kept.append(weights if keep and span.seen <= KEPT else None)
-        ctx.save_for_backward(query, key, value)
-        ctx.rest = pack, scale, window, kept
+        ctx.save_for_backward(query, key, value, *kept)  # freed with the graph, and seen by checkpointing
+        ctx.rest = pack, scale, window
         return out.transpose(0, 1).contiguous()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        query, key, value = ctx.saved_tensors
-        pack, scale, window, kept = ctx.rest
+        query, key, value, *kept = ctx.saved_tensors
+        pack, scale, window = ctx.rest
         q, k, v = _laid_out(query, key, value, pack, scale)
         d_out = gradients[0].transpose(0, 1).contiguous()
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)

@@ -118,8 +118,8 @@ def _glu(module: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
     parts: list[Any] = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
     if not all(isinstance(part, nn.Linear) or hasattr(part, "get_base_layer") for part in parts):
         return None
-    weight = next(module.parameters())
-    if weight.is_meta or not _ordinary(weight) or not isinstance(module.act_fn, nn.SiLU | SiLUActivation):
+    weight, act = next(module.parameters()), getattr(module, "act_fn", None)
+    if weight.is_meta or not _ordinary(weight) or not isinstance(act, nn.SiLU | SiLUActivation):
         return None
 
     def forward(x: torch.Tensor) -> torch.Tensor:

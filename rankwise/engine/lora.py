@@ -2,7 +2,8 @@
 
 PEFT's parameters, names and files stay; only its forward is replaced while a run lasts. One product makes
 all low-rank activations of a group; every update is added in place, so that no full-size tensor is made for
-it; backward needs the input and the low-rank activations alone.
+it; backward needs the input and the low-rank activations alone. Where the frozen weights are bf16, so is this
+path (PEFT's is fp32 there); parameters and their gradients stay fp32.
 
 Shapes: N tokens, I in_features, O out_features, r rank, R ranks of the group in all.
 """
@@ -113,8 +114,9 @@ class _Group:
     def _call(self, index: int, x: torch.Tensor) -> torch.Tensor:
         if x is not self._input or index not in self._outputs:
             members = range(len(self.layers)) if index == 0 else [index]
-            self._input = x
-            self._outputs = dict(zip(members, forward([self.layers[i] for i in members], x), strict=True))
+            # a checkpoint's recomputation may end within the call: nothing is noted before it
+            outputs = forward([self.layers[i] for i in members], x)
+            self._input, self._outputs = x, dict(zip(members, outputs, strict=True))
         output = self._outputs.pop(index)
         if not self._outputs:
             self._input = None
@@ -142,9 +144,14 @@ class _Fused(torch.autograd.Function):
         low = torch.mm(flat, down.t())  # (N, R)
         outputs = []
         for m, part, b in zip(maps, _split(low, factors), factors[1::2], strict=True):
-            y = torch.mm(flat, m.weight.t()) if m.bias is None else torch.addmm(m.bias, flat, m.weight.t())
-            y.addmm_(part, b.to(x.dtype).t(), alpha=m.scale)
-            outputs.append(y.view(*x.shape[:-1], -1))
+            y = x.new_empty(*x.shape[:-1], m.weight.shape[0])  # no view: models may change it in place
+            out = y.view(-1, m.weight.shape[0])
+            if m.bias is None:
+                torch.mm(flat, m.weight.t(), out=out)
+            else:
+                torch.addmm(m.bias, flat, m.weight.t(), out=out)
+            out.addmm_(part, b.to(x.dtype).t(), alpha=m.scale)
+            outputs.append(y)
         ctx.save_for_backward(flat, low, *factors)
         ctx.maps = maps
         return tuple(outputs)

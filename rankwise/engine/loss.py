@@ -99,7 +99,7 @@ def _of_chunk(logits: torch.Tensor, head: Head, targets: torch.Tensor, wanted: b
     """Return (losses, correct, gradient to the raw logits); overwrites `logits` where it is fp32.
 
     The log-sum-exp is read off the softmax: with m the largest logit and p its probability it is m - log p,
-    and p is at least 1/V, so nothing is lost.
+    and p is at least 1/V. The label's logit is taken from m first, as both may be large beside the loss.
     """
     if head.bias is not None:
         logits += head.bias
@@ -113,7 +113,7 @@ def _of_chunk(logits: torch.Tensor, head: Head, targets: torch.Tensor, wanted: b
     top, best = logits.max(dim=-1)
     hit = logits.gather(1, targets[:, None])[:, 0]
     weights = torch.softmax(logits, dim=-1, out=logits)
-    losses = top - weights.gather(1, best[:, None])[:, 0].log() - hit
+    losses = (top - hit) - weights.gather(1, best[:, None])[:, 0].log()
     if wanted:
         weights.scatter_add_(1, targets[:, None], weights.new_full((len(targets), 1), -1.0))
         if head.softcap is not None:

@@ -68,11 +68,6 @@ class Pack:
         """Return N."""
         return self.ids.shape[1]
 
-    def seen(self, tensor: torch.Tensor, span: Span, dim: int) -> torch.Tensor:
-        """Return what a span sees of a tensor along the token axis: the beginning, then itself."""
-        own = tensor.narrow(dim, span.start, span.length)
-        return torch.cat((tensor.narrow(dim, 0, span.before), own), dim) if span.before else own
-
     def seen_by_all(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
         """Return what each span sees, one after the other: N along `dim` becomes M."""
         return tensor.index_select(dim, self._index[0]) if self.shared else tensor

@@ -64,7 +64,7 @@ class Plain:
 
 
 class Packed:
-    """Rows laid end to end, fused LoRA, chunked loss; for models on which all that was proven.
+    """Rows laid end to end, fused LoRA, chunked loss; for models on which that was proven.
 
     Args:
         groups: names of modules that read the same input (`lora.same_input_groups`).
@@ -118,6 +118,6 @@ def hidden_states(root: Any, pack: packing.Pack) -> torch.Tensor:
 def _drops(root: Any) -> bool:
     """Whether training draws dropout anywhere: a shared beginning would then share its draws."""
     if any(isinstance(module, nn.Dropout) and module.p > 0 for module in root.modules()):
-        return True
-    names = ("attention_dropout", "attn_pdrop", "dropout", "resid_pdrop", "embd_pdrop")
-    return any(getattr(root.config, name, None) for name in names)
+        return True  # the adapters' own among them
+    fields = root.config.to_dict().items()  # models also call functional.dropout with what their config says
+    return any("drop" in name and isinstance(value, float) and value > 0 for name, value in fields)

@@ -1,7 +1,8 @@
 """Whether a model may be packed: shown on the loaded model itself, never taken from its class.
 
 Rows laid end to end must give the logits that each row gives by itself through the model's own code: with
-rows longer than the model's attention window, with a common beginning, and with other rows beside them.
+rows longer than the model's attention window, with a common beginning, and with other rows beside them. Then
+small adapters must get the loss and the gradients that the plain path gives them.
 """
 
 from __future__ import annotations
@@ -13,20 +14,25 @@ from typing import Any
 import numpy as np
 import torch
 
+from rankwise import adapters
 from rankwise.data import Example
 from rankwise.engine import lora, loss, packing
 from rankwise.engine.paths import Packed, Path, Plain, hidden_states
+from rankwise.inventory import inventory
 from rankwise.seeds import generator
+from rankwise.strategies import allocate
 
 BEGINNING = 12
 """Tokens that the rows of the proof begin with alike."""
 
-LONGEST_WINDOW = 512
-"""A longer window is narrowed for the proof, if that can be shown to take effect."""
+NARROW = 16
+"""Longer attention windows are narrowed to this for the proof, if that can be shown to take effect."""
 
-NARROW = 32
 NEAR = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest root mean square of the difference, as a share of the logits' own spread."""
+
+NEAR_SLOPE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 3e-2}
+"""Largest norm of the difference between the adapters' gradients, as a share of their norm."""
 
 
 def choose(model: Any, wanted: str = "auto") -> Path:
@@ -36,7 +42,7 @@ def choose(model: Any, wanted: str = "auto") -> Path:
         model: a Transformers causal language model without adapters.
         wanted: "auto", or "plain" to leave the proof out.
 
-    Cost: two forward passes over about 150 tokens (more where the model has a window).
+    Cost: about ten forward passes over 100 tokens, and adapters of rank 1 put on and taken off.
     """
     if wanted == "plain":
         return Plain()
@@ -45,6 +51,7 @@ def choose(model: Any, wanted: str = "auto") -> Path:
     try:
         reason = failure(model)
         groups = [] if reason else lora.same_input_groups(model)
+        reason = reason or learning_failure(model, groups)
     finally:
         model.train(was_training)
     if reason is None:
@@ -57,16 +64,21 @@ def failure(model: Any) -> str | None:
     """Return why a model cannot be packed, or None if packed logits equal separate ones."""
     if any(p.requires_grad for p in model.get_output_embeddings().parameters()):
         return "its output embeddings are trained"
+    if getattr(model.config, "attention_chunk_size", None):
+        return "its attention is chunked"
     window = _window(model)
-    narrowed = window is not None and window > LONGEST_WINDOW
-    rows = _rows(model, NARROW if narrowed or window is None else window)
-    if not narrowed:
+    rows = _rows(model, NARROW if window is None else min(window, NARROW))
+    if window is None or window <= NARROW:
         return _compare(model, rows)
     wide = _separate(model, rows)
     with _narrow(model):
-        if _far(_separate(model, rows), wide) < NEAR[torch.float32]:
+        if _far(_separate(model, rows), wide) < 3 * _near(NEAR, wide.dtype):
             return f"its attention window of {window} tokens could not be tested on shorter rows"
         return _compare(model, rows)
+
+
+def _near(limits: dict[torch.dtype, float], dtype: torch.dtype) -> float:
+    return limits.get(dtype, limits[torch.float32])
 
 
 def _compare(model: Any, rows: list[Example]) -> str | None:
@@ -75,12 +87,49 @@ def _compare(model: Any, rows: list[Example]) -> str | None:
         with path.installed(model):
             together = _packed(model, rows)
     except Exception as error:  # whatever a model's code raises here, it is a reason not to pack it
-        lines = str(error).strip().splitlines()
-        return f"packing it fails ({type(error).__name__}: {lines[0] if lines else ''})"
+        return _raised(error)
     far = _far(together, alone)
-    if not far < NEAR.get(alone.dtype, 1e-4):
+    if not far < _near(NEAR, alone.dtype):
         return f"packed logits differ from separate ones by {far:.2g} of their spread"
     return None
+
+
+def _raised(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"packing it fails ({type(error).__name__}: {lines[0] if lines else ''})"
+
+
+def learning_failure(model: Any, groups: list[list[str]]) -> str | None:
+    """Return why small adapters do not learn alike on both paths, or None if they do."""
+    dtype, rows = model.get_input_embeddings().weight.dtype, _rows(model, NARROW)
+    plan = allocate(inventory(model, accept_unreachable=True), strategy="uniform", budget="r=1")
+    adapted = adapters.attach(model, plan, seed=0)
+    try:
+        for name, layer in adapters.lora_layers(adapted).items():
+            b: Any = layer.lora_B[adapters.ADAPTER].weight
+            drawn = generator(0, "proof", name).normal(0, 0.02, tuple(b.shape))
+            b.data.copy_(torch.from_numpy(drawn))
+        adapted.eval()  # dropout off: both paths draw it differently
+        ways = [_losses_and_slopes(path, adapted, rows) for path in (Plain(), Packed(groups))]
+    except Exception as error:  # as above
+        return _raised(error)
+    finally:
+        adapters.detach(adapted)
+    far = [float((packed - plain).norm() / plain.norm()) for plain, packed in zip(*ways, strict=True)]
+    for what, found, limits in zip(("losses", "gradients"), far, (NEAR, NEAR_SLOPE), strict=True):
+        if not found < _near(limits, dtype):
+            return f"packed {what} differ by {found:.2g} of their norm"
+    return None
+
+
+def _losses_and_slopes(path: Path, adapted: Any, rows: list[Example]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the loss of every row, and all adapters' gradients in one vector."""
+    parameters = list(adapters.adapter_tensors(adapted).values())
+    with torch.enable_grad(), path.installed(adapted):
+        nll = path.score(adapted, rows).nll
+        slopes = torch.autograd.grad(nll.sum(), parameters, allow_unused=True)
+    parts = [s if s is not None else torch.zeros_like(p) for s, p in zip(slopes, parameters, strict=True)]
+    return nll.detach().double(), torch.cat([part.double().flatten() for part in parts])
 
 
 def _separate(model: Any, rows: list[Example]) -> torch.Tensor:
