@@ -54,7 +54,7 @@ class Ready(NamedTuple):
 def main() -> int:
     """Read the flags and measure; in a measuring process, do the job."""
     parser = common.parser(__doc__, "throughput")
-    parser.add_argument("--rows", type=int, help="training rows [16; full: 64]")
+    parser.add_argument("--rows", type=int, help="training rows [8; full: 64]")
     parser.add_argument("--repetitions", type=int, help="processes per contender [3; full: 5]")
     parser.add_argument("--epochs", type=int, default=1, help="whole passes over the rows [%(default)s]")
     parser.add_argument("--test", type=int, default=32, help="held-out rows [%(default)s]")
@@ -70,7 +70,7 @@ def main() -> int:
     if flags.job:
         common.answer_job(flags.job, lambda job: flops.ceiling(job) if "shapes" in job else measure(job))
         return 0
-    flags.rows = flags.rows or (64 if flags.full else 16)
+    flags.rows = flags.rows or (64 if flags.full else 8)
     flags.repetitions = flags.repetitions or (5 if flags.full else 3)
     chosen = flags.contenders.split(",")
     if unknown := set(chosen) - set(CONTENDERS):
