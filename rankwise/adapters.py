@@ -19,11 +19,26 @@ from rankwise.seeds import generator
 ADAPTER = "default"
 
 
-def attach(model: Any, plan: RankPlan, *, seed: int, dropout: float = 0.0) -> PeftModel:
+def attach(
+    model: Any,
+    plan: RankPlan,
+    *,
+    seed: int,
+    dropout: float = 0.0,
+    directions: Mapping[str, np.ndarray] | None = None,
+) -> PeftModel:
     """Put the plan's adapters on the model and prove that they are the plan's.
 
     A starts uniform in +-1/sqrt(in_features) (PEFT's default), drawn from (seed, module name) row by row,
     so that a lower rank's A is the top of a higher rank's. B starts at zero. Adapters are fp32.
+
+    Args:
+        model: the base model.
+        plan: ranks and scale rule.
+        seed: of the draws.
+        dropout: on the adapters' inputs.
+        directions: module name -> (k, in_features): A's first k rows start along these instead, as long as a
+            drawn row is on average (1/sqrt(3)), so that directions alone differ.
 
     Raises:
         RankwiseError: when the built ranks, scales or parameters are not the plan's.
@@ -32,7 +47,7 @@ def attach(model: Any, plan: RankPlan, *, seed: int, dropout: float = 0.0) -> Pe
     """
     adapted = get_peft_model(model, plan.lora_config(dropout=dropout), autocast_adapter_dtype=True)
     for name, layer in lora_layers(adapted).items():
-        _initialise(layer, name, seed)
+        _initialise(layer, name, seed, (directions or {}).get(name))
     verify(adapted, plan)
     return adapted
 
@@ -114,12 +129,23 @@ def _at_work(layer: LoraLayer) -> bool:
     return on and all(factor.requires_grad for factor in _factors(layer))
 
 
-def _initialise(layer: LoraLayer, name: str, seed: int) -> None:
+def drawn_rows(name: str, seed: int, rank: int, in_features: int) -> np.ndarray:
+    """Return the first `rank` rows that A of a module starts with, (rank, in_features) float32."""
+    bound = 1 / math.sqrt(in_features)
+    draws = generator(seed, "lora_A", name).uniform(-bound, bound, size=(rank, in_features))
+    return draws.astype(np.float32)
+
+
+def _initialise(layer: LoraLayer, name: str, seed: int, directions: np.ndarray | None) -> None:
     a, b = _factors(layer)
-    bound = 1 / math.sqrt(a.shape[1])
-    draws = generator(seed, "lora_A", name).uniform(-bound, bound, size=tuple(a.shape))
+    rows = drawn_rows(name, seed, *a.shape)
+    if directions is not None:
+        given = np.asarray(directions[: a.shape[0]], dtype=np.float32)
+        norms = np.linalg.norm(given, axis=1, keepdims=True)
+        usable = norms[:, 0] > 0
+        rows[: len(given)][usable] = given[usable] / norms[usable] / math.sqrt(3)
     with torch.no_grad():
-        a.copy_(torch.from_numpy(draws.astype(np.float32)))
+        a.copy_(torch.from_numpy(rows))
         b.zero_()
 
 

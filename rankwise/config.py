@@ -110,6 +110,9 @@ class DataConfig(Frozen):
     max_length: Annotated[Whole, Field(ge=8)] = Field(
         default=256, description="tokens per example; responses are cut"
     )
+    calibration: Count = Field(
+        default=32, description="training rows that probes look at: the first of each seed's draw"
+    )
     prompt: Literal["auto", "chat", "human"] = Field(
         default="auto", description="chat: the tokenizer's template; human: Human/Assistant text"
     )
@@ -174,6 +177,13 @@ class ArmConfig(Frozen):
     targets: Targets | None = Field(default=None, description="overrides the study's targets for this arm")
     scale: ScaleRule | None = Field(default=None, description="overrides the study's scale rule")
     learning_rate: Rate | None = Field(default=None, description="fixes this arm's rate instead of tuning it")
+    init: Literal["default", "eva", "gradient"] = Field(
+        default="default",
+        description="start of A: PEFT's default, the inputs' or the gradient's leading directions (B is 0)",
+    )
+    loraplus_lr_ratio: Annotated[Number, Field(ge=1)] = Field(
+        default=1.0, description="learning rate of B over that of A (LoRA+)"
+    )
     base: Whole | None = Field(default=None, description="the formulas' base rank")
     min: Whole | None = Field(default=None, description="the formulas' lowest rank")
     max: Whole | None = Field(default=None, description="the formulas' highest rank")
@@ -182,11 +192,32 @@ class ArmConfig(Frozen):
         default=None, description="custom: ranks per layer, module or kind, or a JSON file that holds them"
     )
 
+    factor: Annotated[Number, Field(gt=1, le=64)] | None = Field(
+        default=None, description="adalora, shrink: parameters at the start over those at the end"
+    )
+    every: Count | None = Field(
+        default=None, description="adalora, grow_prune: optimizer steps between two moves"
+    )
+    warm_share: Annotated[Share, Field(gt=0, lt=1)] | None = Field(
+        default=None, description="sensitivity: share of the steps before ranks are chosen"
+    )
+    move_share: Annotated[Share, Field(gt=0, le=1)] | None = Field(
+        default=None, description="grow_prune: share of the budget that may move at a time"
+    )
+    refit_share: Annotated[Share, Field(gt=0, lt=1)] | None = Field(
+        default=None, description="shrink: share of the steps after the truncation"
+    )
+
     @property
     def options(self) -> dict[str, Any]:
         """The strategy's own options, those that were given."""
-        names = ("base", "min", "max", "of", "ranks")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return {name: getattr(self, name) for name in OPTIONS if getattr(self, name) is not None}
+
+
+OPTIONS = (
+    "base", "min", "max", "of", "ranks", "factor", "every", "warm_share", "move_share", "refit_share",
+)  # fmt: skip
+"""Keys of an arm that are its strategy's own; which of them a strategy takes, `STRATEGIES` says."""
 
 
 class StudyConfig(Frozen):

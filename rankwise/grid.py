@@ -11,7 +11,7 @@ from typing import Any
 
 from rankwise import selection
 from rankwise.config import ArmConfig, StudyConfig
-from rankwise.run import Context, Role, RunConfig
+from rankwise.run import Context, Role, RunConfig, needed
 from rankwise.store import Store
 from rankwise.studyfile import StudyFile
 
@@ -56,7 +56,7 @@ def run_config(study: Study, arm: str, role: Role, seed: int, rate: float) -> Ru
     """Return the configuration of one run of an arm, with nothing left to be resolved."""
     config, context = study.config, study.context
     wanted: ArmConfig = config.arms[arm]
-    return RunConfig(
+    run = RunConfig(
         role=role,
         model=context.base.fingerprint,
         data=context.prepared.fingerprint,
@@ -69,6 +69,8 @@ def run_config(study: Study, arm: str, role: Role, seed: int, rate: float) -> Ru
         budget=wanted.budget,
         match=wanted.match,
         scale=wanted.scale or config.scale,
+        init=wanted.init,
+        loraplus_lr_ratio=wanted.loraplus_lr_ratio,
         train=config.train.model_copy(update={"learning_rates": (rate,)}),
         seed=seed,
         device=context.device,
@@ -76,6 +78,8 @@ def run_config(study: Study, arm: str, role: Role, seed: int, rate: float) -> Ru
         threads=context.threads,
         engine=context.engine.name,
     )
+    looks = any(needed(run).values())
+    return run.model_copy(update={"calibration": config.data.calibration}) if looks else run
 
 
 def untouched_run(study: Study) -> Planned:

@@ -5,27 +5,30 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 from pydantic import Field
 
-from rankwise import adapters, machine, models
+from rankwise import adapters, machine, models, probes
 from rankwise.config import NUMERICS, Frozen, ScaleRule, StudyConfig, Targets, TrainConfig, digest
 from rankwise.data import Example, Prepared, training_rows
 from rankwise.engine.batches import optimizer_steps
 from rankwise.engine.paths import Path as EnginePath
 from rankwise.evaluate import Evaluation, evaluate
+from rankwise.evidence import Evidence, Kind, stand_in
 from rankwise.inventory import Inventory
+from rankwise.methods import method_of
+from rankwise.methods.session import Session
 from rankwise.plans import RankPlan
 from rankwise.store import FORMAT, Store, write_json
-from rankwise.strategies import allocate
-from rankwise.train import Diverged, Trained, train_adapters
+from rankwise.strategies import allocate, evidence_of, resolve
+from rankwise.train import Diverged, Trained
 
 Role = Literal["untouched", "tuning", "reporting"]
 TRAIN_COST = 3
@@ -50,6 +53,9 @@ class RunConfig(Frozen):
     budget: str | int | None = None
     match: Literal["budget", "none"] = "none"
     scale: ScaleRule = ScaleRule()
+    init: Literal["default", "eva", "gradient"] = "default"
+    loraplus_lr_ratio: float = 1.0
+    calibration: int = 0
     train: TrainConfig
     device: str
     dtype: str
@@ -90,10 +96,20 @@ class Context:
         return self.prepared.splits.reserved if confirmatory else self.prepared.splits.test
 
 
-def plan_for(run: RunConfig, inventory: Inventory, model: str) -> RankPlan:
-    """Return the plan that the run's arm asks for."""
+def plan_for(
+    run: RunConfig, inventory: Inventory, model: str, evidence: Mapping[str, Evidence] | None = None
+) -> RankPlan:
+    """Return the plan that the run's arm asks for, or that its training starts from.
+
+    Without evidence, strategies that look at data get a stand-in: the plan then only shows whether options
+    and budget are sound.
+    """
+    modules = inventory.select(run.targets)
+    kind = needed(run)["strategy"]
+    shapes = {module.name: (module.in_features, module.out_features) for module in modules}
+    probe = None if kind is None else stand_in(kind, shapes) if evidence is None else evidence[kind]
     return allocate(
-        inventory.select(run.targets),
+        modules,
         study_targets_inventory=inventory.select(run.study_targets),
         strategy=run.strategy,
         budget=run.budget,
@@ -102,7 +118,39 @@ def plan_for(run: RunConfig, inventory: Inventory, model: str) -> RankPlan:
         options=run.options,
         seed=run.seed,
         model=model,
+        probe=probe,
     )
+
+
+def needed(run: RunConfig) -> dict[str, Kind | None]:
+    """Return which probe the run's strategy reads, and which its initialisation."""
+    _, options = resolve(run.strategy, run.options, run.seed)
+    starts: dict[str, Kind | None] = {"default": None, "eva": "inputs", "gradient": "gradients"}
+    return {"strategy": evidence_of(run.strategy, options), "init": starts[run.init]}
+
+
+def evidence_for(run: RunConfig, context: Context) -> dict[str, Evidence]:
+    """Measure what the run's strategy and initialisation read, or take it from the cache.
+
+    The calibration rows are the first of the run's own training draw, so a seed redraws them too, and arms,
+    rates and budgets of one seed share what is measured.
+    """
+    kinds = [kind for kind in dict.fromkeys(needed(run).values()) if kind is not None]
+    rows = training_rows(context.prepared, run.seed, min(run.calibration, run.train_rows))
+    return {
+        kind: probes.evidence(
+            kind, context.base.model, context.inventory, rows, engine=context.engine,
+            micro_tokens=run.train.micro_tokens, fingerprint=f"{run.model} {run.dtype}", seed=run.seed,
+        )
+        for kind in kinds
+    }  # fmt: skip
+
+
+def directions_of(run: RunConfig, evidence: Mapping[str, Evidence]) -> Mapping[str, np.ndarray]:
+    """Return the directions that A's rows start along; empty for PEFT's default."""
+    quantity = {"eva": "components", "gradient": "right_vectors"}
+    kind = needed(run)["init"]
+    return {} if kind is None else evidence[kind].of(quantity[run.init])
 
 
 def execute(
@@ -155,45 +203,48 @@ def _train_and_score(
     checkpoint_seconds: float,
     on_work: Callable[[int], None],
 ) -> dict[str, Any]:
-    plan = plan_for(run, context.inventory, context.base.source)
-    plan.save(staged / "plan.json")
-    rows = training_rows(context.prepared, run.seed, run.train_rows)
-    with adapted_for(run, context, plan) as adapted:
-        trained = train_adapters(
-            adapted,
-            optimizer_steps(rows, run.train, run.seed),
-            run.train,
-            rate=run.train.learning_rates[0],
-            seed=run.seed,
-            folder=folder,
-            engine=context.engine,
-            checkpoint_seconds=checkpoint_seconds,
-            on_step=lambda entry: on_work(TRAIN_COST * entry["tokens"]),
-        )
+    evidence = evidence_for(run, context)
+    session = session_for(run, context, folder, evidence)
+    session = replace(
+        session,
+        checkpoint_seconds=checkpoint_seconds,
+        on_step=lambda entry: on_work(TRAIN_COST * entry["tokens"]),
+    )
+    with method_of(run.strategy)(session) as (adapted, outcome):
+        outcome.plan.save(staged / "plan.json")
         parts = _score(run, context, adapted, staged, on_work)
         parts["unfused"] = len(context.engine.unfused)
         parts["adapter_bytes"] = adapters.save(adapted, staged / "adapter")
         parts["trainable"] = adapters.trainable_parameters(adapted)
-    return parts | {"trained": trained}
+    if outcome.details:
+        write_json(staged / "method.json", outcome.details)
+    probed = [one.summary() for one in evidence.values()]
+    return parts | {
+        "trained": outcome.trained,
+        "most_trainable": outcome.trained_parameters,
+        "probes": probed,
+    }
 
 
-@contextmanager
-def adapted_for(run: RunConfig, context: Context, plan: RankPlan) -> Iterator[Any]:
-    """Yield the base model with the run's adapters, ready to train; then take them off it again."""
-    base = context.base.model
-    was_training = base.training
-    adapted = adapters.attach(base, plan, seed=run.seed, dropout=run.train.dropout)
-    try:
-        if run.train.gradient_checkpointing:
-            # not reentrant, so that the frozen input needs no gradient; Transformers asks for it regardless
-            adapted.gradient_checkpointing_enable({"use_reentrant": False})
-            adapted.disable_input_require_grads()  # else backward would reach below the lowest adapter
-        with context.engine.installed(adapted):
-            yield adapted
-    finally:
-        if run.train.gradient_checkpointing:
-            adapted.gradient_checkpointing_disable()
-        adapters.detach(adapted).train(was_training)
+def session_for(
+    run: RunConfig, context: Context, folder: Path, evidence: Mapping[str, Evidence] | None = None
+) -> Session:
+    """Return the run's training; without evidence (for timing), on a stand-in plan and PEFT's start."""
+    plan = plan_for(run, context.inventory, context.base.source, evidence)
+    rows = training_rows(context.prepared, run.seed, run.train_rows)
+    return Session(
+        model=context.base.model,
+        inventory=context.inventory.select(run.targets),
+        plan=plan,
+        engine=context.engine,
+        steps=optimizer_steps(rows, run.train, run.seed),
+        config=run.train,
+        rate=run.train.learning_rates[0],
+        seed=run.seed,
+        folder=folder,
+        directions=directions_of(run, evidence) if evidence is not None else {},
+        b_ratio=run.loraplus_lr_ratio,
+    )
 
 
 def scored_splits(run: RunConfig, context: Context) -> dict[str, tuple[Example, ...]]:
@@ -281,6 +332,8 @@ def _train_info(context: Context, parts: dict[str, Any]) -> dict[str, Any]:
         "tokens_per_second": trained.tokens / trained.seconds,
         "steps": trained.steps,
         "train_loss": trained.final_loss,
+        "most_trainable_params": parts["most_trainable"],
+        "probes": parts["probes"],
         "unfused_modules": parts["unfused"],
     }
 

@@ -14,7 +14,8 @@ from rankwise import machine
 from rankwise.data import Example, training_rows
 from rankwise.engine.batches import optimizer_steps
 from rankwise.grid import Planned, Study
-from rankwise.run import adapted_for, plan_for
+from rankwise.methods.session import adapted
+from rankwise.run import session_for
 from rankwise.train import train_adapters
 
 WINDOW_SECONDS = 2.5
@@ -116,13 +117,14 @@ def _train_aside(
     The rate is next to nothing, as no speed depends on it and no step may diverge.
     """
     context, run = study.context, planned.run
-    plan = plan_for(run, context.inventory, "")
     try:
-        with adapted_for(run, context, plan) as adapted, TemporaryDirectory(prefix="rankwise-") as folder:
-            train_adapters(
-                adapted, steps, run.train, rate=1e-9, seed=run.seed, folder=Path(folder),
-                engine=context.engine, checkpoint_seconds=math.inf, on_step=on_step,
-            )  # fmt: skip
+        with TemporaryDirectory(prefix="rankwise-") as folder:
+            session = session_for(run, context, Path(folder))
+            with adapted(session, session.plan) as model:
+                train_adapters(
+                    model, steps, run.train, rate=1e-9, seed=run.seed, folder=Path(folder),
+                    engine=context.engine, checkpoint_seconds=math.inf, on_step=on_step,
+                )  # fmt: skip
     except _Enough:
         pass
 

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 from rankwise.budget import parse_budget
 from rankwise.config import (
+    OPTIONS,
     ArmConfig,
     DataConfig,
     Fault,
@@ -35,7 +36,6 @@ KeyPath = tuple[str | int, ...]
 GROUPS: dict[str, type[BaseModel]] = {
     "data": DataConfig, "train": TrainConfig, "seeds": SeedsConfig, "scale": ScaleRule,
 }  # fmt: skip
-OPTIONS = ("base", "min", "max", "of", "ranks")
 BOUNDLESS = 10**200  # the full rank of a module on which a budget can only fail by its own text
 
 STAND_INS: dict[KeyPath, Any] = {

@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
+from rankwise import checkpoint
 from rankwise.adapters import adapter_tensors
 from rankwise.config import TrainConfig
 from rankwise.data import Example
@@ -22,6 +21,8 @@ from rankwise.engine.paths import Path as EnginePath
 from rankwise.engine.paths import Plain
 from rankwise.engine.plain import first_not_finite
 from rankwise.seeds import derive
+
+CHECKPOINT = "checkpoint.safetensors"
 
 
 class Diverged(Exception):
@@ -69,8 +70,13 @@ def train_adapters(
     checkpoint_seconds: float = 30.0,
     on_step: Callable[[dict[str, Any]], None] = lambda entry: None,
     after_step: Callable[[Any, int], None] | None = None,
+    until: int | None = None,
+    penalty: Callable[[Any], torch.Tensor] | None = None,
+    b_ratio: float = 1.0,
+    extra: Mapping[str, torch.Tensor] | None = None,
+    about: Mapping[str, Any] | None = None,
 ) -> Trained:
-    """Train the model's trainable parameters through all steps, resuming from `folder`.
+    """Train the model's trainable parameters through the steps, resuming from `folder`.
 
     The loss of a step is the mean over its label tokens, whatever the micro-batches. Dropout is drawn
     from (seed, step), so a resumed run equals an uninterrupted one.
@@ -85,41 +91,58 @@ def train_adapters(
         folder: holds `checkpoint.safetensors` and `metrics.jsonl`.
         checkpoint_seconds: time between checkpoints; the last step always writes one.
         on_step: hears each step's log entry.
-        after_step: for methods that act during training; called with (model, steps done).
+        after_step: for methods that act during training; called with (model, steps done) after the
+            optimizer's step, while the gradients are still there.
+        until: stop after this many steps; the schedule stays that of all.
+        penalty: a term that is added to every step's loss, once; a function of the model.
+        b_ratio: learning rate of B over that of A (LoRA+, arXiv 2402.12354).
+        extra: a method's own tensors, kept with every checkpoint; restored in place on resume.
+        about: a method's own JSON, kept with every checkpoint.
 
     Raises:
         Diverged: at the first loss or gradient that is not finite.
     """
     engine = engine or Plain()
     parameters = adapter_tensors(model)
-    optimizer = torch.optim.AdamW(
-        parameters.values(), lr=rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
-    )
+    optimizer = _adamw(parameters, config, b_ratio)
     log = StepLog(folder / "metrics.jsonl")
-    checkpoint = Checkpoint(folder / "checkpoint.safetensors", parameters, optimizer)
-    done, spent = checkpoint.restore()
+    keep = Keep(folder / CHECKPOINT, parameters, optimizer, extra or {}, about or {})
+    done, spent = keep.restore()
     log.keep(done)
     model.train()
+    stop = len(steps) if until is None else until
     begun = saved = time.perf_counter()
-    for step in range(done, len(steps)):
+    for step in range(done, stop):
         for group in optimizer.param_groups:
-            group["lr"] = rate * rate_factor(config, step, len(steps))
+            group["lr"] = rate * group["ratio"] * rate_factor(config, step, len(steps))
         torch.manual_seed(derive(seed, "dropout", step))
         started = time.perf_counter()
-        entry = _one_step(model, steps[step], parameters, optimizer, config, engine, step, log.last)
-        entry["seconds"] = time.perf_counter() - started
+        entry = _one_step(model, steps[step], parameters, optimizer, config, engine, step, log.last, penalty)
         if after_step is not None:
             after_step(model, step + 1)
+        entry["seconds"] = time.perf_counter() - started
         log.append(entry)
         on_step(entry)
-        if time.perf_counter() - saved >= checkpoint_seconds or step == len(steps) - 1:
+        if time.perf_counter() - saved >= checkpoint_seconds or step == stop - 1:
             saved = time.perf_counter()
-            checkpoint.save(step + 1, spent + saved - begun)
+            keep.save(step + 1, spent + saved - begun)
     log.close()
-    rows = [row for step in steps for row in step]
+    rows = [row for step in steps[:stop] for row in step]
     tokens = sum(len(row.input_ids) for row in rows)
     seconds = spent + time.perf_counter() - begun
-    return Trained(len(steps), tokens, label_count(rows), seconds, log.last["loss"] if log.last else math.nan)
+    return Trained(stop, tokens, label_count(rows), seconds, log.last["loss"] if log.last else math.nan)
+
+
+def _adamw(
+    parameters: Mapping[str, torch.nn.Parameter], config: TrainConfig, b_ratio: float
+) -> torch.optim.AdamW:
+    """Return the optimizer; with a ratio other than 1, B's factors form a group of their own."""
+    groups = [{"params": list(parameters.values()), "ratio": 1.0}]
+    if b_ratio != 1:
+        b = [p for name, p in parameters.items() if ".lora_B." in name]
+        rest = [p for name, p in parameters.items() if ".lora_B." not in name]
+        groups = [{"params": rest, "ratio": 1.0}, {"params": b, "ratio": b_ratio}]
+    return torch.optim.AdamW(groups, betas=config.betas, weight_decay=config.weight_decay, fused=True)
 
 
 def _one_step(
@@ -131,6 +154,7 @@ def _one_step(
     engine: EnginePath,
     step: int,
     last: dict[str, Any] | None,
+    penalty: Callable[[Any], torch.Tensor] | None,
 ) -> dict[str, Any]:
     """Take one optimizer step and return its log entry."""
     labels = label_count(rows)
@@ -145,6 +169,8 @@ def _one_step(
         loss.backward()
         del loss  # else its graph would live on beside the next one
         total += value
+    if penalty is not None:
+        penalty(model).backward()
     norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.clip or math.inf).item()
     if not math.isfinite(norm):
         raise Diverged(step, f"the gradient of {_first_bad(parameters)} is not finite", last)
@@ -193,39 +219,29 @@ class StepLog:
         self._file.close()
 
 
-class Checkpoint:
-    """Adapters and optimizer moments in one safetensors file, replaced atomically."""
+class Keep:
+    """The run's checkpoint file, with the parameters and the optimizer whose state it keeps."""
 
     def __init__(
-        self, path: Path, parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
-    ) -> None:
+        self, path: Path, parameters: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer,
+        extra: Mapping[str, torch.Tensor], about: Mapping[str, Any],
+    ) -> None:  # fmt: skip
         self.path, self.parameters, self.optimizer = path, parameters, optimizer
+        self.extra, self.about = extra, about
 
     def save(self, step: int, seconds: float) -> None:
-        """Write the state after `step` steps; a reader sees the old file or the new one."""
-        tensors: dict[str, torch.Tensor] = {}
-        for name, parameter in self.parameters.items():
-            state = self.optimizer.state[parameter]
-            tensors |= {f"value.{name}": parameter.detach(), f"step.{name}": state["step"].reshape(1)}
-            tensors |= {f"{key}.{name}": state[key] for key in ("exp_avg", "exp_avg_sq")}
-        aside = self.path.with_name(f".{self.path.name}")
-        save_file(
-            {k: v.contiguous() for k, v in tensors.items()},
-            aside,
-            {"step": str(step), "seconds": repr(seconds)},
+        """Write the state after `step` steps."""
+        state = checkpoint.gather(self.parameters, self.optimizer)
+        checkpoint.write(
+            self.path, checkpoint.Saved(step, seconds, state, dict(self.extra), dict(self.about))
         )
-        aside.replace(self.path)
 
     def restore(self) -> tuple[int, float]:
         """Load the file if there is one; return (steps done, seconds spent)."""
-        if not self.path.exists():
+        saved = checkpoint.read(self.path)
+        if saved is None:
             return 0, 0.0
-        with safe_open(self.path, "pt") as file, torch.no_grad():
-            about = file.metadata()
-            for name, parameter in self.parameters.items():
-                parameter.copy_(file.get_tensor(f"value.{name}"))
-                state = {key: file.get_tensor(f"{key}.{name}") for key in ("exp_avg", "exp_avg_sq")}
-                state = {key: value.to(parameter.device) for key, value in state.items()}
-                state["step"] = file.get_tensor(f"step.{name}").reshape(())
-                self.optimizer.state[parameter] = state
-        return int(about["step"]), float(about["seconds"])
+        checkpoint.restore(saved, self.parameters, self.optimizer)
+        for name, tensor in self.extra.items():
+            tensor.copy_(saved.extra[name])
+        return saved.step, saved.seconds

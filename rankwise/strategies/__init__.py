@@ -12,18 +12,29 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rankwise.budget import parse_budget, raw_ranks, solve_gains, solve_targets
 from rankwise.errors import RankwiseError, did_you_mean, one_of
+from rankwise.evidence import Kind
 from rankwise.plans import PlanModule, RankPlan, ScaleRule
 from rankwise.strategies import (
+    adalora,
     attention_heavy,
     attention_only,
     custom,
     empirical,
+    eva,
+    fisher,
+    gora,
+    grow_prune,
     linear_decay,
     linear_growth,
+    lora_drop,
     mlp_only,
     random,
     reversed,
+    sensitivity,
+    shrink,
+    spectral,
     uniform,
+    weight_spectrum,
 )
 from rankwise.strategies.options import Strategy
 
@@ -58,6 +69,52 @@ STRATEGIES: dict[str, Strategy] = {
         {"min": 4, "max": 32, "seed": 0},
         "uniform draws from min to max (a control)",
     ),
+    "spectral": Strategy(
+        "gains", spectral.gains, {}, "squared singular values of the loss's gradient", "gradients"
+    ),
+    "eva": Strategy("gains", eva.gains, {}, "explained variance of the inputs (EVA)", "inputs"),
+    "weight_spectrum": Strategy(
+        "gains", weight_spectrum.gains, {}, "energy of the frozen weights (a control without data)", "weights"
+    ),
+    "gora": Strategy(
+        "targets",
+        gora.targets,
+        {"base": 8, "min": 4, "max": 32},
+        "importance mean|W * gradient| (GoRA)",
+        "importance",
+    ),
+    "fisher": Strategy("targets", fisher.targets, {"base": 16}, "mean squared gradient", "fisher"),
+    "lora_drop": Strategy(
+        "targets",
+        lora_drop.targets,
+        {"base": 16},
+        "output of a briefly trained adapter (LoRA-drop)",
+        "outputs",
+    ),
+    "adalora": Strategy(
+        "trained",
+        adalora.start,
+        {"factor": 1.5, "every": 1},
+        "prunes triplets while training (AdaLoRA, PEFT's own)",
+    ),
+    "sensitivity": Strategy(
+        "trained",
+        sensitivity.start,
+        {"warm_share": 0.2},
+        "uniform at first, then by what removing each update would cost",
+    ),
+    "grow_prune": Strategy(
+        "trained",
+        grow_prune.start,
+        {"every": 5, "move_share": 0.1},
+        "moves rank between modules while training",
+    ),
+    "shrink": Strategy(
+        "trained",
+        shrink.start,
+        {"factor": 4.0, "refit_share": 0.25},
+        "trains at a higher rank, then keeps the largest singular values",
+    ),
     "custom": Strategy("targets", custom.targets, {"ranks": None}, "ranks given by layer, kind or module"),
     "reversed": Strategy(
         "inner", reversed.mirrored, {"of": None}, "another strategy with its layers mirrored (a control)"
@@ -91,7 +148,7 @@ def allocate(
         options: The strategy's options; what is not given has the default.
         seed: Reaches strategies that draw, unless their options name a seed.
         model: The model's name, for the record.
-        probe: Evidence for strategies that want it.
+        probe: The `Evidence` that the strategy asks for (`evidence_of`).
 
     Raises:
         RankwiseError: an unknown strategy or option, a budget that is missing or impossible, or
@@ -101,6 +158,12 @@ def allocate(
     one, settings = resolve(strategy, options or {}, seed)
     kind = STRATEGIES[settings["of"]].kind if one.kind == "inner" else one.kind
     amount = _amount(strategy, kind, match, budget, study)
+    needs = evidence_of(strategy, settings)
+    if needs is not None and getattr(probe, "kind", None) != needs:
+        raise RankwiseError(
+            f"Strategy {strategy} looks at data: it needs the {needs} probe of calibration rows (`--data` on "
+            "the command line, `data=` in Python)."
+        )
     values = one.function(inventory, probe, settings)
     if set(values) != set(inventory.names):
         raise RankwiseError(f"Strategy {strategy} must value exactly the modules of the inventory.")
@@ -148,8 +211,11 @@ def resolve(strategy: str, options: Mapping[str, Any], seed: int = 0) -> tuple[S
     accepted = dict(one.options)
     if one.kind == "inner" and options.get("of") is not None:
         inner = _named("Option of", options["of"])
-        if inner.kind == "inner":
-            raise RankwiseError(f"Strategy {strategy} cannot mirror itself: option of must name another one.")
+        if inner.kind in ("inner", "trained"):
+            raise RankwiseError(
+                f"Option of must name a strategy that allocates before training, not itself and not one that "
+                f"chooses while it trains; got {options['of']!r}."
+            )
         accepted |= inner.options
     if "seed" in accepted:
         accepted["seed"] = seed
@@ -165,6 +231,12 @@ def resolve(strategy: str, options: Mapping[str, Any], seed: int = 0) -> tuple[S
     return one, settings
 
 
+def evidence_of(strategy: str, options: Mapping[str, Any]) -> Kind | None:
+    """Return the kind of probe that a strategy reads, that of its inner one included; None for none."""
+    one = STRATEGIES[strategy]
+    return STRATEGIES[options["of"]].evidence if one.kind == "inner" else one.evidence
+
+
 def _named(what: str, name: Any) -> Strategy:
     if not isinstance(name, str) or name not in STRATEGIES:
         raise RankwiseError(one_of(what, name, STRATEGIES))
@@ -175,6 +247,10 @@ def _amount(strategy: str, kind: str, match: str, budget: str | int | None, stud
     if match not in ("budget", "none"):
         raise RankwiseError(one_of("match", match, ("budget", "none")))
     if match == "none":
+        if kind == "trained":
+            raise RankwiseError(
+                f"Strategy {strategy} trains towards a budget: give it one instead of `match: none`."
+            )
         if kind == "gains":
             raise RankwiseError(
                 f"Strategy {strategy} values units of rank and wants no number of its own: give it a "
