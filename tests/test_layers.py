@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent / "rankwise"
 ORDER = """
     errors config seeds stats selection store tables budget plans evidence inventory strategies
     cached package_index downloads sources studyfaults studyfile machine models rows data datacard studydata
-    adapters engine checkpoint train evaluate probes methods run grid speed execution observer study worker workers planning terminal
+    lowrank adapters engine checkpoint train evaluate probes methods run grid speed execution observer study worker workers planning terminal
     doctor cli __init__ __main__
 """.split()
 """From the top down; a folder is one room. New files find their place here."""
