@@ -11,7 +11,7 @@ import torch
 
 
 class SVD(NamedTuple):
-    """B A = u diag(s) v: u (out_features, k), s (k,) falling, v (k, in_features), k = min(r, in, out); float64."""
+    """B A = u diag(s) v: u (out_features, k), s (k,) falling, v (k, in_features), in float64."""
 
     u: torch.Tensor
     s: torch.Tensor
