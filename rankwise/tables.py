@@ -23,6 +23,7 @@ class ArmRow:
     ranks: tuple[int, int] | None  # lowest and highest over modules and seeds
     scale: str
     parameters: tuple[int, int] | None  # fewest and most over the seeds
+    most_trained: int | None  # the most that were trained at any step, where that is more
     equal_budget: bool
     rate: float | None
     rate_how: str
@@ -34,6 +35,7 @@ class ArmRow:
     perplexity: float | None
     gain: float | None
     token_accuracy: float | None
+    bits_per_byte: float | None
     tokens_per_second: float | None
     peak_bytes: int | None
 
@@ -133,6 +135,7 @@ def _arm_row(results: Results, arm: str) -> ArmRow:
         ranks=_ends([rank for plan in plans for rank in plan["ranks"].values()]),
         scale=str(wanted.scale or results.config.scale),
         parameters=_ends([d["num_trainable_params"] for d in done]),
+        most_trained=_more_trained(done),
         equal_budget=_budget(results, arm) is not None
         and _budget(results, arm) == _budget(results, baseline),
         rate=choice["rate"],
@@ -145,9 +148,26 @@ def _arm_row(results: Results, arm: str) -> ArmRow:
         perplexity=stats.perplexity(loss) if loss is not None else None,
         gain=untouched - loss if loss is not None and untouched is not None else None,
         token_accuracy=_mean([d["metrics"]["test_token_accuracy"] for d in done]),
+        bits_per_byte=_mean([d["metrics"]["test_bits_per_byte"] for d in done]),
         tokens_per_second=_mean([d["tokens_per_second"] for d in done]),
         peak_bytes=max((d.get("device_peak_bytes", d["process_peak_bytes"]) for d in done), default=None),
     )
+
+
+def _more_trained(done: list[dict[str, Any]]) -> int | None:
+    """Return the most parameters trained at any step, if more than the arm ends with."""
+    most = max((d.get("most_trainable_params", 0) for d in done), default=0)
+    return most if most > max((d["num_trainable_params"] for d in done), default=0) else None
+
+
+def _probe_line(results: Results) -> list[str]:
+    """Return what the probes took, the mean over the runs that used them."""
+    seconds: dict[str, list[float]] = defaultdict(list)
+    for record in results.records.values():
+        for probe in record["train_info"].get("probes") or ():
+            seconds[probe["kind"]].append(probe["cost"]["seconds"])
+    told = ", ".join(f"{kind} {statistics.fmean(found):.1f} s" for kind, found in seconds.items())
+    return [f"probes, once per seed: {told}"] if told else []
 
 
 def _rate(rate: float | None) -> str:
@@ -244,6 +264,10 @@ def captions(results: Results) -> list[str]:
         lines.append("* other parameters than the baseline's budget: outside the equal-budget comparison")
     if config.tuned:
         lines += [f"{row.arm}: rate {row.rate_how}" for row in rows if row.rate_how != "tuned"]
+    lines += [
+        f"{row.arm}: up to {row.most_trained:,} parameters were trained" for row in rows if row.most_trained
+    ]
+    lines += _probe_line(results)
     lines += [
         f"{arm}: every rate diverged" for arm, choice in results.index["rates"].items() if _hopeless(choice)
     ]

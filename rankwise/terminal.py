@@ -75,12 +75,13 @@ COLUMNS: dict[str, Callable[[ArmRow], str]] = {
     "ppl": lambda row: number(row.perplexity, "#.4g"),
     "gain": lambda row: number(row.gain),
     "right": lambda row: number(row.token_accuracy, ".1%"),
+    "bits/B": lambda row: number(row.bits_per_byte, ".3f"),
     "tok/s": lambda row: number(row.tokens_per_second, ".0f"),
     "GB": lambda row: number(None if row.peak_bytes is None else row.peak_bytes / 1e9, ".1f"),
 }
 SHARED = ("scale", "rate", "seeds")
 """Columns that become a line below the table when every arm has the same."""
-SPARED = ("right", "GB")
+SPARED = ("right", "bits/B", "GB")
 """Columns that a narrow terminal does without; the records have them."""
 
 

@@ -1,5 +1,6 @@
 """One contract for every strategy in the dict, and the earlier study's own numbers."""
 
+import json
 import math
 import warnings
 from fractions import Fraction
@@ -8,16 +9,42 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import rankwise.strategies
+from rankwise import adapters
 from rankwise.budget import raw_ranks
+from rankwise.engine.batches import optimizer_steps
+from rankwise.engine.paths import Plain
 from rankwise.errors import RankwiseError
+from rankwise.evidence import QUANTITIES, Evidence
 from rankwise.inventory import Inventory, Module, inventory
-from rankwise.strategies import STRATEGIES, allocate, resolve
+from rankwise.methods import METHODS, method_of
+from rankwise.methods.session import Session
+from rankwise.seeds import generator
+from rankwise.strategies import STRATEGIES, allocate, evidence_of, resolve
 from rankwise.strategies.options import Strategy
+from tests.conftest import tiny_llama
+from tests.parts import hand_rows, plan_of, train_config
 
 # What a strategy cannot do without; everything else runs on its defaults.
 NEEDED = {"custom": {"ranks": {"attention": 6, "mlp": 3}}, "reversed": {"of": "linear_decay"}}
+TRAINED = [name for name, one in STRATEGIES.items() if one.kind == "trained"]
+
+
+def evidence(strategy, modules, options=None):
+    """Measurements as a probe might give them: uneven over modules, falling with the unit of rank."""
+    kind = evidence_of(strategy, options or {})
+    if kind is None:
+        return None
+    values = {quantity: {} for quantity in QUANTITIES[kind]}
+    for quantity, axes in QUANTITIES[kind].items():
+        for m in modules:
+            draw = generator(1, kind, quantity, m.name)
+            shape = [m.max_rank] if len(axes) == 1 else [m.max_rank, m.in_features] if axes else []
+            found = draw.lognormal(size=shape).astype(np.float32)
+            values[quantity][m.name] = -np.sort(-found) if len(axes) == 1 else found
+    return Evidence(kind, values)
 
 
 def by_hand(layers, parts):
@@ -62,14 +89,15 @@ def per_layer(ranks, modules=DIALOGPT):
 def test_contract_of_values(name, size):
     modules = INVENTORIES[size]
     one, settings = resolve(name, NEEDED.get(name, {}), seed=3)
-    values = one.function(modules, None, settings)
-    again = one.function(modules, None, settings)
+    probe = evidence(name, modules, settings)
+    values = one.function(modules, probe, settings)
+    again = one.function(modules, probe, settings)
     assert set(values) == set(modules.names)
     for module in modules.names:
         array = np.atleast_1d(np.asarray(values[module], dtype=float))
         assert np.isfinite(array).all() and (array >= 0).all() and (np.diff(array) <= 0).all()
         assert np.array_equal(array, np.atleast_1d(np.asarray(again[module], dtype=float)))
-    assert one.doc and STRATEGIES[name].kind in ("targets", "gains", "inner")
+    assert one.doc and STRATEGIES[name].kind in ("targets", "gains", "inner", "trained")
 
 
 @pytest.mark.parametrize(
@@ -81,13 +109,16 @@ def test_contract_of_values(name, size):
 def test_contract_of_plans(name, size, budget):
     modules = INVENTORIES[size]
     options = NEEDED.get(name, {})
-    plan = allocate(modules, strategy=name, budget=budget, options=options, seed=3, model="m")
-    same = allocate(modules, strategy=name, budget=budget, options=options, seed=3, model="m")
+    probe = evidence(name, modules, options)
+    plan, same = (
+        allocate(modules, strategy=name, budget=budget, options=options, seed=3, model="m", probe=probe)
+        for _ in range(2)
+    )
     assert plan == same and plan.to_json() == same.to_json()
     assert list(plan.ranks) == list(modules.names)
     assert 0 < plan.parameters <= plan.budget
     one, settings = resolve(name, options, 3)
-    values = one.function(modules, None, settings)
+    values = one.function(modules, probe, settings)
     wanting = [m for m in modules if not isinstance(values[m.name], Number) or values[m.name] > 0]
     unfinished = [m.cost for m in wanting if plan.ranks[m.name] < m.max_rank]
     assert not unfinished or plan.leftover < min(unfinished)
@@ -112,16 +143,18 @@ def model():
 def test_contract_of_built_models(name, match, model):
     from peft import get_peft_model
 
-    if match == "none" and resolve(name, NEEDED.get(name, {}))[0].kind == "gains":
-        pytest.skip("values units of rank, and wants no number of its own")
-    plan = allocate(
-        inventory(model),
-        strategy=name,
-        budget="r=2",
-        match=match,
-        options=NEEDED.get(name, {}),
-        scale={"value": 1},
-    )
+    modules, options = inventory(model), NEEDED.get(name, {})
+    settings = {
+        "strategy": name,
+        "budget": "r=2",
+        "options": options,
+        "probe": evidence(name, modules, options),
+    }
+    if match == "none" and STRATEGIES[name].kind in ("gains", "trained"):
+        with pytest.raises(RankwiseError, match="instead of `match: none`"):
+            allocate(modules, match=match, **settings)
+        return
+    plan = allocate(modules, match=match, scale={"value": 1}, **settings)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         adapted = get_peft_model(model, plan.lora_config())
@@ -137,9 +170,35 @@ def test_contract_of_built_models(name, match, model):
         adapted.unload()
 
 
+@pytest.mark.parametrize("name", TRAINED)
+def test_contract_of_training(name, tmp_path):
+    """A trained strategy states what it trained, ends within the budget or says so, and counts every token."""
+    model = tiny_llama().requires_grad_(False)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    rows, config = hand_rows(16), train_config(step_examples=2)
+    plan = plan_of(model, name, budget="r=2")
+    steps = optimizer_steps(rows, config, seed=5)
+    session = Session(
+        model, inventory(model), plan, Plain(), steps, config, rate=1e-2, seed=5, folder=tmp_path
+    )
+    with method_of(name)(session) as (adapted, outcome):
+        assert outcome.trained.tokens == sum(len(row.input_ids) for row in rows)
+        assert (
+            outcome.trained.steps == len(steps) == len((tmp_path / "metrics.jsonl").read_text().splitlines())
+        )
+        adapters.verify(adapted, outcome.plan)
+        assert list(outcome.plan.ranks) == list(plan.ranks)
+        assert 0 < outcome.plan.parameters <= outcome.trained_parameters
+        assert outcome.plan.parameters <= plan.budget or outcome.plan.match == "none"
+        json.dumps(outcome.details, allow_nan=False)
+    after = model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+
+
 def test_every_strategy_has_a_file_of_its_name():
     folder = Path(rankwise.strategies.__file__).parent
     assert {p.stem for p in folder.glob("*.py")} - {"__init__", "options"} == set(STRATEGIES)
+    assert set(METHODS) == set(TRAINED)
 
 
 # ---- the earlier study's formulas, facts section 1 ----
@@ -281,7 +340,7 @@ def test_custom_faults(ranks, message):
         ({"strategy": "custom"}, "needs the option ranks"),
         ({"strategy": "reversed"}, "needs the option of"),
         ({"strategy": "reversed", "options": {"of": "unifrom"}}, "Did you mean 'uniform'"),
-        ({"strategy": "reversed", "options": {"of": "reversed"}}, "cannot mirror itself"),
+        ({"strategy": "reversed", "options": {"of": "reversed"}}, "not itself"),
         ({"strategy": "reversed", "options": {"of": "uniform", "min": 3}}, "no option 'min'"),
         ({"strategy": "uniform", "options": {"base": 0}}, "base must be a whole number of 1 or more; got 0"),
         ({"strategy": "uniform", "options": {"base": 2.5}}, "got 2.5"),
