@@ -129,21 +129,27 @@ def _at_work(layer: LoraLayer) -> bool:
     return on and all(factor.requires_grad for factor in _factors(layer))
 
 
-def drawn_rows(name: str, seed: int, rank: int, in_features: int) -> np.ndarray:
-    """Return the first `rank` rows that A of a module starts with, (rank, in_features) float32."""
+def drawn_rows(
+    name: str, seed: int, rank: int, in_features: int, directions: np.ndarray | None = None
+) -> np.ndarray:
+    """Return the first `rank` rows that A of a module starts with, (rank, in_features) float32.
+
+    `directions`, (k, in_features): the first k rows lie along these instead (see `attach`).
+    """
     bound = 1 / math.sqrt(in_features)
     draws = generator(seed, "lora_A", name).uniform(-bound, bound, size=(rank, in_features))
-    return draws.astype(np.float32)
+    rows = draws.astype(np.float32)
+    if directions is not None:
+        given = np.asarray(directions[:rank], dtype=np.float32)
+        norms = np.linalg.norm(given, axis=1, keepdims=True)
+        usable = norms[:, 0] > 0
+        rows[: len(given)][usable] = given[usable] / norms[usable] / math.sqrt(3)
+    return rows
 
 
 def _initialise(layer: LoraLayer, name: str, seed: int, directions: np.ndarray | None) -> None:
     a, b = _factors(layer)
-    rows = drawn_rows(name, seed, *a.shape)
-    if directions is not None:
-        given = np.asarray(directions[: a.shape[0]], dtype=np.float32)
-        norms = np.linalg.norm(given, axis=1, keepdims=True)
-        usable = norms[:, 0] > 0
-        rows[: len(given)][usable] = given[usable] / norms[usable] / math.sqrt(3)
+    rows = drawn_rows(name, seed, a.shape[0], a.shape[1], directions)
     with torch.no_grad():
         a.copy_(torch.from_numpy(rows))
         b.zero_()

@@ -181,7 +181,7 @@ def solve_targets(
         raise RankwiseError("Every target is 0, so there is no shape to scale to the budget.")
     price = {name: _cost(costs, name) for name in exact}
     limits = {name: _lookup(max_ranks, name) for name in exact}
-    factor = _scale_factor(exact, price, left, limits)
+    factor = scale_factor(exact, price, left, limits)
     scaled = {name: min(factor * wanted, Fraction(limits[name])) for name, wanted in exact.items()}
     ranks = {name: math.floor(value) for name, value in scaled.items()}
     left -= sum(price[name] * rank for name, rank in ranks.items())
@@ -215,9 +215,10 @@ def raw_ranks(targets: Mapping[str, float | Rational], max_ranks: Mapping[str, i
     }
 
 
-def _scale_factor(
+def scale_factor(
     targets: Mapping[str, Fraction], costs: Mapping[str, int], budget: int, limits: Mapping[str, int]
 ) -> Fraction:
+    """Return the exact factor f with `sum(cost * min(f * target, limit)) = budget`."""
     # Spend as a function of the factor is piecewise linear, with a bend where a module reaches its
     # full rank; walk along the bends until the piece that holds the budget.
     wanting = [name for name, wanted in targets.items() if wanted > 0]

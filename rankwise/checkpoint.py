@@ -92,5 +92,6 @@ def restore(
     for name, parameter in parameters.items():
         found = saved.parameters[name]
         parameter.copy_(found["value"])
-        state = {key: found[key].to(parameter.device) for key in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[parameter] = state | {"step": found["step"].reshape(())}
+        # the fused optimizer counts steps on the parameter's own device
+        state = {key: found[key].to(parameter.device) for key in ("exp_avg", "exp_avg_sq", "step")}
+        optimizer.state[parameter] = state | {"step": state["step"].reshape(())}

@@ -111,27 +111,73 @@ def plan(
     option: Annotated[
         list[str] | None, typer.Option(help="the strategy's own: base=16", metavar="KEY=VALUE")
     ] = None,
-    seed: Annotated[int, typer.Option(help="for random plans")] = 0,
+    data: Annotated[
+        str | None, typer.Option(help="source or path of rows, for strategies that look at data")
+    ] = None,
+    calibration: Annotated[int, typer.Option(help="rows to measure on", min=1)] = 32,
+    max_length: Annotated[int, typer.Option(help="tokens per row", min=2)] = 256,
+    stability: Annotated[
+        int | None,
+        typer.Option(help="measure on K disjoint sets of rows, and compare the plans", min=2, metavar="K"),
+    ] = None,
+    explain: Annotated[bool, typer.Option("--explain", help="say why every module got its rank")] = False,
+    seed: Annotated[int, typer.Option(help="for random plans, and of the draw of rows")] = 0,
     accept_unreachable: Annotated[
         bool, typer.Option(help="plan although many weights cannot be adapted")
     ] = False,
     out_file: Annotated[Path | None, typer.Option("--out", help="write the plan here")] = Path("plan.json"),
 ) -> None:
     """Choose ranks for a model and write them as plan.json."""
-    from rankwise import planning
+    from rankwise import explaining, planning
 
     found = planning.plan_from_source(
         model, strategy, budget=budget, match=match, targets=targets, scale=scale, options=option, seed=seed,
-        accept_unreachable=accept_unreachable,
+        accept_unreachable=accept_unreachable, data=data, calibration=calibration, max_length=max_length,
+        sets=stability,
     )  # fmt: skip
     from rankwise.terminal import err, out, say
 
     for notice in found.notices:
         say(f"note: {notice}", err)
     out.print(found.plan.table())
+    for cost in found.probes:
+        say(cost)
+    if found.agreement is not None:
+        out.print(found.agreement.table())
+    if explain:
+        out.print(explaining.explain(found.plan).table())
     if out_file is not None:
         found.plan.save(out_file)
         say(f"written to {out_file}")
+
+
+@app.command()
+def shrink(
+    adapter: Annotated[Path, typer.Argument(help="folder of a PEFT LoRA adapter, anyone's")],
+    budget: Annotated[str, typer.Option(help="parameters of A and B: r=2, 300k; 0.5% needs --model")],
+    out_dir: Annotated[Path | None, typer.Option("--out", help="new folder; else ADAPTER-<budget>")] = None,
+    data: Annotated[str | None, typer.Option(help="source of rows: also measure the loss")] = None,
+    model: Annotated[str | None, typer.Option(help="source of the base; else the adapter's own")] = None,
+    rows: Annotated[int, typer.Option(help="of the data, at most", min=1)] = 64,
+    max_length: Annotated[int, typer.Option(help="tokens per row", min=2)] = 512,
+    as_json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
+) -> None:
+    """Compress a finished LoRA adapter to a budget and say what that costs."""
+    from rankwise.export.shrink import shrink_adapter
+    from rankwise.terminal import err, out, say
+
+    shrunk = shrink_adapter(
+        adapter, budget, out_dir, model=model, data=data, rows=rows, max_length=max_length,
+        note=lambda text: say(text, err),
+    )  # fmt: skip
+    if as_json:
+        print(json.dumps(shrunk.as_dict(), indent=1))
+        return
+    for notice in shrunk.notices:
+        say(f"note: {notice}", err)
+    if shrunk.changed:
+        out.print(shrunk.table())
+    say(shrunk.summary())
 
 
 @app.command()

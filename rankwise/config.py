@@ -306,6 +306,9 @@ def cross_faults(study: StudyConfig) -> list[Fault]:
         if config.match == "budget" and config.budget is None:
             rule = "an arm needs a budget, such as `budget: r=8`, or `match: none` for its own ranks."
             faults.append(Fault(("arms", name), rule))
+        if config.strategy == "adalora" and config.init != "default":
+            rule = "adalora has a start of its own (arXiv 2303.10512): leave `init` out."
+            faults.append(Fault(("arms", name, "init"), rule))
         if config.match == "none" and config.budget is not None:
             rule = (
                 f"`match: none` keeps the formula's own ranks, so `budget: {config.budget}` would be ignored."

@@ -102,4 +102,4 @@ def _falling(shape: tuple[int, ...], in_features: int, out_features: int) -> np.
         return np.ones((), dtype=np.float32)
     length = min(in_features, out_features)
     fall = (1.0 / np.arange(1, length + 1)).astype(np.float32)
-    return fall if len(shape) == 1 else np.tile(fall[:, None], (1, in_features))
+    return fall if len(shape) == 1 else np.broadcast_to(fall[:, None], (length, in_features))

@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -98,13 +98,9 @@ class RejectRow(Exception):
 
 
 def read_rows(path: Path) -> RowsRead:
-    """Read every row of a JSON, JSONL, Parquet or `.txt` file.
+    """Read every row of a JSON, JSONL, Parquet or `.txt` file, in file order.
 
-    Args:
-        path: The file. A known extension decides the format; otherwise the content does.
-
-    Returns:
-        The usable rows in file order, the rejected ones with line and reason, and the count of both.
+    A known extension decides the format; otherwise the content does.
 
     Raises:
         RankwiseError: The file as a whole cannot be used: missing, empty, not UTF-8, a JSON array that
@@ -112,17 +108,21 @@ def read_rows(path: Path) -> RowsRead:
 
     Cost: the file is held in memory once as bytes and once as text; about 1 s per 50 MB.
     """
-    rows: list[Row] = []
-    rejected: list[Rejected] = []
-    for line, value in _values(path):
+    found = usable(_values(path))
+    if not found.total:
+        raise RankwiseError(f"A data file must hold at least one row; {path} holds none.")
+    return found
+
+
+def usable(values: Iterable[tuple[int, Any]]) -> RowsRead:
+    """Sort (line, value) pairs into usable rows and rejected ones; a value is usable as a dict."""
+    rows, rejected = list[Row](), list[Rejected]()
+    for line, value in values:
         try:
             rows.append(_row(line, value))
         except RejectRow as reject:
             rejected.append(Rejected(line, str(reject)))
-    total = len(rows) + len(rejected)
-    if not total:
-        raise RankwiseError(f"A data file must hold at least one row; {path} holds none.")
-    return RowsRead(rows, rejected, total)
+    return RowsRead(rows, rejected, len(rows) + len(rejected))
 
 
 def normalise(text: str) -> str:

@@ -40,7 +40,7 @@ Scorer = Callable[[Any, Sequence[Example]], Scores]
 def score(model: Any, rows: Sequence[Example]) -> Scores:
     """Return the loss of each row; logits are made only at positions that some row has a label for."""
     device = next(model.parameters()).device
-    ids, mask, labels = (torch.from_numpy(array).to(device) for array in _pad(rows))
+    ids, mask, labels = (torch.from_numpy(array).to(device) for array in pad(rows))
     shifted = functional.pad(labels[:, 1:], (0, 1), value=IGNORE)  # the label of position t is token t+1
     positions = (shifted != IGNORE).any(dim=0).nonzero().squeeze(1)  # (P,)
     wanted = shifted[:, positions]  # (B, P)
@@ -88,7 +88,7 @@ def _keeps_logits(kind: Any) -> bool:
     return "logits_to_keep" in inspect.signature(kind.forward).parameters
 
 
-def _pad(rows: Sequence[Example]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def pad(rows: Sequence[Example]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return token ids, attention mask and labels, each (B, T), padded on the right."""
     longest = max(len(row.input_ids) for row in rows)
     ids = np.zeros((len(rows), longest), dtype=np.int64)

@@ -79,18 +79,23 @@ outcome; takes everything off the base model again at the end, whatever happens.
 @contextmanager
 def adapted(session: Session, plan: RankPlan) -> Iterator[Any]:
     """Yield the base model with a plan's adapters, ready to train; then take them off it again."""
-    base, config = session.model, session.config
-    was_training = base.training
-    model = adapters.attach(
-        base, plan, seed=session.seed, dropout=config.dropout, directions=session.directions
-    )
+    dropout, directions = session.config.dropout, session.directions
+    model = adapters.attach(session.model, plan, seed=session.seed, dropout=dropout, directions=directions)
+    with ready(session, model):
+        yield model
+
+
+@contextmanager
+def ready(session: Session, model: Any) -> Iterator[None]:
+    """Make a PEFT model ready to train on the session's engine; then take the adapters off its base."""
+    config, was_training = session.config, session.model.training
     try:
         if config.gradient_checkpointing:
             # not reentrant, so that the frozen input needs no gradient; Transformers asks for it regardless
             model.gradient_checkpointing_enable({"use_reentrant": False})
             model.disable_input_require_grads()  # else backward would reach below the lowest adapter
         with session.engine.installed(model):
-            yield model
+            yield
     finally:
         if config.gradient_checkpointing:
             model.gradient_checkpointing_disable()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rankwise.budget import parse_budget, raw_ranks, solve_gains, solve_targets
 from rankwise.errors import RankwiseError, did_you_mean, one_of
-from rankwise.evidence import Kind
+from rankwise.evidence import Evidence, Kind
 from rankwise.plans import PlanModule, RankPlan, ScaleRule
 from rankwise.strategies import (
     adalora,
@@ -160,10 +160,13 @@ def allocate(
     amount = _amount(strategy, kind, match, budget, study)
     needs = evidence_of(strategy, settings)
     if needs is not None and getattr(probe, "kind", None) != needs:
-        raise RankwiseError(
-            f"Strategy {strategy} looks at data: it needs the {needs} probe of calibration rows (`--data` on "
-            "the command line, `data=` in Python)."
+        of = (
+            ""
+            if needs == "weights"
+            else " of calibration rows (`--data` on the command line, `data=` in Python)"
         )
+        looks = "the weights" if needs == "weights" else "data"
+        raise RankwiseError(f"Strategy {strategy} looks at {looks}: it needs the {needs} probe{of}.")
     values = one.function(inventory, probe, settings)
     if set(values) != set(inventory.names):
         raise RankwiseError(f"Strategy {strategy} must value exactly the modules of the inventory.")
@@ -196,8 +199,34 @@ def allocate(
             "base_parameters": inventory.base_parameters,
             "unreachable_share": inventory.unreachable_share,
             "notices": notices,
+            **_account(kind, values, ranks, probe if needs else None),
         },
     )
+
+
+def _account(
+    kind: str, values: Mapping[str, Any], ranks: Mapping[str, int], probe: Evidence | None
+) -> dict[str, Any]:
+    """Return what `rankwise.explain` reads: what modules were valued at, to 6 digits, and the probe.
+
+    Of gains, those of the units that were bought and of the next one. Seconds are left out: equal plans are
+    equal files.
+    """
+    account: dict[str, Any] = {"valued_as": kind}
+    if kind == "gains":
+        bought = {name: values[name][: rank + 1] for name, rank in ranks.items()}
+        account["values"] = {name: [_digits(gain) for gain in gains] for name, gains in bought.items()}
+    elif kind == "targets":
+        account["values"] = {name: _digits(value) for name, value in values.items()}
+    if probe is not None:
+        summary = probe.summary()
+        cost = {name: amount for name, amount in summary["cost"].items() if name != "seconds"}
+        account["probe"] = summary | {"cost": cost}
+    return account
+
+
+def _digits(value: Any) -> float:
+    return float(f"{float(value):.6g}")
 
 
 def resolve(strategy: str, options: Mapping[str, Any], seed: int = 0) -> tuple[Strategy, dict[str, Any]]:

@@ -13,10 +13,12 @@ if TYPE_CHECKING:
 
 
 def gains(inventory: Inventory, probe: Any, options: Options) -> dict[str, np.ndarray]:
-    """Return the explained-variance ratio of each principal component of the module's inputs (eq. 4 there).
+    """Return the explained-variance ratio of each principal component of the module's inputs.
 
-    The paper pools the ratios and keeps the largest, each counted as one rank; here the solver divides them
-    by the unit's cost, so that the budget is one of parameters.
+    The paper pools the ratios of all modules and keeps the largest, each counted as one rank. Here the
+    solver divides them by the cost of a unit, so the budget is one of parameters; at cost 1 everywhere the
+    ranks are those of PEFT's `initialize_lora_eva_weights` (tests/test_probe_inputs.py). Modules reading the
+    same input (q, k and v) have the same ratios, so under a parameter budget the cheaper ones come first.
     """
     values = probe.of("explained_variance_ratio")
     return {name: values[name].astype(np.float64) for name in inventory.names}

@@ -16,6 +16,8 @@ def targets(inventory: Inventory, probe: Any, options: Options) -> dict[str, Fra
 
     a is the module's share of the importances mean|W * G| (elementwise) and R = base * sum(d_in + d_out), the
     parameters of uniform rank `base`. The clamp is the paper's: `min` and `max`, 4 and 32 about a base of 8.
+    In the paper a function f may flatten d_in + d_out in both places (its authors' code knows the identity,
+    sqrt and log1p); here f is the identity, so that R counts parameters.
     """
     low, base, high = whole(options, "min", "base", "max")
     importance = {name: Fraction(float(probe.of("mean_absolute")[name])) for name in inventory.names}

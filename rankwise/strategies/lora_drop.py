@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 def targets(inventory: Inventory, probe: Any, options: Options) -> dict[str, Fraction]:
     """Return `base` times the module's mean squared update ||s B A x||^2 over the modules' mean.
 
-    The paper drops what lies below a threshold; here the same evidence shapes ranks. Its brief training is
-    the probe's and its cost is shown with the probe's.
+    The paper keeps the modules with the largest outputs and lets the others share one adapter; here the same
+    evidence shapes ranks. Its brief training is the probe's and its cost is shown with the probe's.
     """
     (base,) = whole(options, "base")
     return proportional(inventory, probe.of("mean_square"), base)

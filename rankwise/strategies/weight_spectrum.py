@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 
 
 def gains(inventory: Inventory, probe: Any, options: Options) -> dict[str, np.ndarray]:
-    """Return sigma_k(W)^2 / ||W||_F^2, the share of the weight's energy in its k-th direction."""
+    """Return sigma_k(W)^2 / ||W||_F^2, the share of the weight's energy in its k-th direction.
+
+    A share, so that modules of unlike scale compare, as EVA's ratios do; 0 for a weight of zeros.
+    """
     values = probe.of("singular_values")
     energy = probe.of("norm")
     return {

@@ -172,7 +172,7 @@ def test_contract_of_built_models(name, match, model):
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_contract_of_training(name, tmp_path):
-    """A trained strategy states what it trained, ends within the budget or says so, and counts every token."""
+    """It states what it trained, ends within the budget or says so, and counts every token."""
     model = tiny_llama().requires_grad_(False)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     rows, config = hand_rows(16), train_config(step_examples=2)

@@ -1,0 +1,1 @@
+"""Anyone's finished PEFT LoRA adapter: read, compressed, written again."""
