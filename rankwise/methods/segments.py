@@ -61,6 +61,8 @@ def in_segments(
     `parameters` and mean `loss` per label token on the rows of the step just taken (forward only, without
     dropout, nothing learned) `before`, when `pruned` and when `grown`; `loss_jump`, from before to pruned, in
     nats; `seconds`, which count as training time; the method's notes. `changes` is empty where nothing moved.
+    Growing changes the loss by rounding alone: below 1e-5 in fp32; on a bf16 engine a B that takes up a new
+    scale is rounded anew (7e-4 nats seen on SmolLM2 under rslora).
 
     Cost of a boundary: three attachments and three forward passes over the rows of one step; less where
     nothing is pruned or nothing grows.

@@ -36,7 +36,7 @@ from rankwise.strategies import (
     uniform,
     weight_spectrum,
 )
-from rankwise.strategies.options import Strategy
+from rankwise.strategies.options import Options, Strategy
 
 if TYPE_CHECKING:
     from rankwise.inventory import Inventory
@@ -159,18 +159,7 @@ def allocate(
     kind = STRATEGIES[settings["of"]].kind if one.kind == "inner" else one.kind
     amount = _amount(strategy, kind, match, budget, study)
     needs = evidence_of(strategy, settings)
-    if needs is not None and getattr(probe, "kind", None) != needs:
-        of = (
-            ""
-            if needs == "weights"
-            else " of calibration rows (`--data` on the command line, `data=` in Python)"
-        )
-        looks = "the weights" if needs == "weights" else "data"
-        raise RankwiseError(f"Strategy {strategy} looks at {looks}: it needs the {needs} probe{of}.")
-    values = one.function(inventory, probe, settings)
-    if set(values) != set(inventory.names):
-        raise RankwiseError(f"Strategy {strategy} must value exactly the modules of the inventory.")
-    values = {name: values[name] for name in inventory.names}
+    values = _values(one, strategy, inventory, probe, needs, settings)
     notices = list(inventory.notices)
     if amount is None:
         ranks = raw_ranks(values, inventory.max_ranks)
@@ -202,6 +191,21 @@ def allocate(
             **_account(kind, values, ranks, probe if needs else None),
         },
     )
+
+
+def _values(
+    one: Strategy, strategy: str, inventory: Inventory, probe: Any, needs: Kind | None, settings: Options
+) -> dict[str, Any]:
+    """Return what the strategy values each module at, in the inventory's order."""
+    if needs is not None and getattr(probe, "kind", None) != needs:
+        looks, rows = "the weights", ""
+        if needs != "weights":
+            looks, rows = "data", " of calibration rows (`--data` on the command line, `data=` in Python)"
+        raise RankwiseError(f"Strategy {strategy} looks at {looks}: it needs the {needs} probe{rows}.")
+    values = one.function(inventory, probe, settings)
+    if set(values) != set(inventory.names):
+        raise RankwiseError(f"Strategy {strategy} must value exactly the modules of the inventory.")
+    return {name: values[name] for name in inventory.names}
 
 
 def _account(
