@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import os.path
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -61,13 +62,16 @@ class Explanation:
     def table(self) -> Table:
         """Return the reasons as a table, the notes below it."""
         table = Table(title=escape(visible(self.title)), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        table.caption, table.caption_justify = "\n".join(escape(visible(n)) for n in self.notes), "left"
-        table.add_column("module", overflow="fold")
+        shared = _shared_beginning([reason.name for reason in self.reasons])
+        notes = [*self.notes, *([f"every name begins with {shared}"] if shared else [])]
+        table.caption, table.caption_justify = "\n".join(escape(visible(note)) for note in notes), "left"
+        table.add_column("module", no_wrap=True)
         for heading in ("rank", "share", self.column):
             table.add_column(heading, justify="right", no_wrap=True)
         table.add_column("why", overflow="fold")
         for reason in self.reasons:
-            table.add_row(*(escape(visible(cell)) for cell in _cells(reason)))
+            name, *cells = _cells(reason)
+            table.add_row(*(escape(visible(cell)) for cell in (name[len(shared) :], *cells)))
         return table
 
     def __rich__(self) -> Table:
@@ -78,6 +82,12 @@ class Explanation:
             f"{name}: rank {rank} ({share}): {why}" for name, rank, share, _, why in map(_cells, self.reasons)
         ]
         return "\n".join(map(visible, [self.title, *self.notes, *rows]))
+
+
+def _shared_beginning(names: Sequence[str]) -> str:
+    """Return what all names begin with, up to a dot; nothing for a single name."""
+    shared = os.path.commonprefix(names) if len(names) > 1 else ""  # noqa: RUF071 (it need be no path)
+    return shared[: shared.rfind(".") + 1]
 
 
 def explain(plan: RankPlan) -> Explanation:
