@@ -49,6 +49,10 @@ class Cost:
         )
 
 
+class Unmeasurable(RankwiseError):
+    """A probe met numbers that are not finite: a finding about model, rows and precision."""
+
+
 @dataclass(frozen=True, eq=False)
 class Evidence:
     """Arrays per module, of one kind of probe.

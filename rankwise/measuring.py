@@ -15,6 +15,7 @@ from rankwise.errors import RankwiseError
 from rankwise.evidence import Evidence, Kind, stand_in
 from rankwise.plans import RankPlan
 from rankwise.rows import RowsRead
+from rankwise.seeds import derive
 from rankwise.strategies import STRATEGIES, allocate, evidence_of, resolve
 
 if TYPE_CHECKING:
@@ -36,6 +37,22 @@ class Request:
     max_length: int = 256
     micro_tokens: int = 1024
     accept_unreachable: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that no plan can be made with.
+
+        Raises:
+            RankwiseError: naming the argument, its rule and its value.
+        """
+        for name, least in (("seed", 0), ("calibration", 1), ("max_length", 8), ("micro_tokens", 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise RankwiseError(f"{name} must be a whole number of {least} or more; got {value!r}.")
+        if not isinstance(self.targets, str | list | tuple):
+            raise RankwiseError(
+                f"targets must be all, a kind, a suffix, a regular expression or a list of those; got "
+                f"{self.targets!r}."
+            )
 
     def kind(self) -> Kind | None:
         """Return the probe that the strategy reads, None for none.
@@ -163,7 +180,8 @@ def _evidence(
             begun = heard.calls
             evidence = probes.evidence(
                 kind, model, modules, rows, engine=path, micro_tokens=request.micro_tokens,
-                fingerprint=fingerprint, seed=request.seed, on_progress=heard.of(index),
+                fingerprint=fingerprint, on_progress=heard.of(index),
+                seed=derive(request.seed, "stability", index) if index else request.seed,
             )  # fmt: skip
             of = f" of {len(rows)} rows" if rows else ""
             cached = "; from the cache" if heard.calls == begun else ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from rankwise.agreement import Agreement
 from rankwise.config import ScaleRule
-from rankwise.errors import RankwiseError
+from rankwise.errors import RankwiseError, one_of
 from rankwise.measuring import Found, Request, meet, needed_rows
 from rankwise.plans import RankPlan
 from rankwise.studyfaults import check_form
@@ -98,7 +98,8 @@ def stability(
         tokenizer: the model's own.
         scale: as in `plan`.
         fingerprint: as in `plan`.
-        settings: `plan`'s further arguments.
+        settings: `plan`'s further arguments (targets, options, seed, calibration, max_length, micro_tokens,
+            accept_unreachable).
 
     Returns:
         The plans, the first of which is `plan`'s, and how every two of them differ.
@@ -106,6 +107,8 @@ def stability(
     Raises:
         RankwiseError: as in `plan`; fewer than two sets; too few rows; a strategy that looks at no data.
     """
+    if unknown := set(settings) - {f.name for f in fields(Request)}:
+        raise RankwiseError(one_of("the argument", min(unknown), sorted(f.name for f in fields(Request))))
     settings["options"] = settings.get("options") or {}
     request = Request(strategy, budget, scale=_scale(scale), **settings)
     found = _of_user(model, request, data, tokenizer, fingerprint, sets)
@@ -179,11 +182,11 @@ def plan_from_source(
         return meet(models.skeleton(source), request, source)
     usual = TrainConfig(learning_rates=(1e-3,))
     device = machine.device_for(usual)
-    dtype = machine.dtype_for(usual, device)
+    dtype, threads = machine.dtype_for(usual, device), machine.threads_for(usual)
     base = models.load(source, dtype, device)
     found = meet(
         base.model, request, source, read, base.tokenizer, sets,
-        engine=proof.choose, fingerprint=f"{base.fingerprint} {dtype}",
+        engine=proof.choose, fingerprint=f"{base.fingerprint} {dtype} {device} {threads}",
     )  # fmt: skip
     return replace(found, notices=(*base.notices, *found.notices))
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +22,7 @@ from rankwise.data import Example, Prepared, training_rows
 from rankwise.engine.batches import optimizer_steps
 from rankwise.engine.paths import Path as EnginePath
 from rankwise.evaluate import Evaluation, evaluate
-from rankwise.evidence import Evidence, Kind, stand_in
+from rankwise.evidence import Evidence, Kind, Unmeasurable, stand_in
 from rankwise.inventory import Inventory
 from rankwise.methods import method_of
 from rankwise.methods.session import Session
@@ -129,21 +130,49 @@ def needed(run: RunConfig) -> dict[str, Kind | None]:
     return {"strategy": evidence_of(run.strategy, options), "init": starts[run.init]}
 
 
-def evidence_for(run: RunConfig, context: Context) -> dict[str, Evidence]:
+def evidence_for(
+    run: RunConfig, context: Context, on_work: Callable[[int], None] = lambda units: None
+) -> dict[str, Evidence]:
     """Measure what the run's strategy and initialisation read, or take it from the cache.
 
     The calibration rows are the first of the run's own training draw, so a seed redraws them too, and arms,
     rates and budgets of one seed share what is measured.
     """
-    kinds = [kind for kind in dict.fromkeys(needed(run).values()) if kind is not None]
     rows = training_rows(context.prepared, run.seed, min(run.calibration, run.train_rows))
-    return {
-        kind: probes.evidence(
-            kind, context.base.model, context.inventory, rows, engine=context.engine,
-            micro_tokens=run.train.micro_tokens, fingerprint=f"{run.model} {run.dtype}", seed=run.seed,
-        )
-        for kind in kinds
-    }  # fmt: skip
+    found: dict[str, Evidence] = {}
+    for kind in probed(run):
+        with _told(probe_work(run, context), on_work) as on_progress:
+            found[kind] = probes.evidence(
+                kind, context.base.model, context.inventory, rows, engine=context.engine,
+                micro_tokens=run.train.micro_tokens, seed=run.seed, on_progress=on_progress,
+                fingerprint=f"{run.model} {run.dtype} {run.device} {run.threads}",
+            )  # fmt: skip
+    return found
+
+
+def probed(run: RunConfig) -> list[Kind]:
+    """Return the probes that the run reads."""
+    return [kind for kind in dict.fromkeys(needed(run).values()) if kind is not None]
+
+
+def probe_work(run: RunConfig, context: Context) -> int:
+    """Estimate one probe's work in forward passes of one token; none is spent where it is in the cache."""
+    return int(TRAIN_COST * _mean_tokens(context) * min(run.calibration, run.train_rows))
+
+
+@contextmanager
+def _told(work: int, on_work: Callable[[int], None]) -> Iterator[Callable[[int, int], None]]:
+    """Pass progress on as units of work, `work` in all, whatever the probe tells."""
+    told = 0
+
+    def on_progress(done: int, total: int) -> None:
+        nonlocal told
+        units = max(0, min(work, work * done // max(1, total)) - told)
+        told += units
+        on_work(units)
+
+    yield on_progress
+    on_work(work - told)
 
 
 def directions_of(run: RunConfig, evidence: Mapping[str, Evidence]) -> Mapping[str, np.ndarray]:
@@ -185,6 +214,9 @@ def execute(
     except Diverged as error:
         failure = {"step": error.step, "reason": error.reason, "last_metrics": error.last}
         parts = {"status": "failed", "metrics": {}, "failure": failure}
+    except Unmeasurable as error:
+        failure = {"step": 0, "reason": f"before training, {error}", "last_metrics": None}
+        parts = {"status": "failed", "metrics": {}, "failure": failure}
     except FloatingPointError as error:
         steps = read_log(log) if log.exists() else []
         last = steps[-1] if steps else None
@@ -203,8 +235,10 @@ def _train_and_score(
     checkpoint_seconds: float,
     on_work: Callable[[int], None],
 ) -> dict[str, Any]:
-    evidence = evidence_for(run, context)
+    evidence = evidence_for(run, context, on_work)
+    machine.reset_peak_memory(context.device)  # the probe's peak is whichever arm's that came first
     session = session_for(run, context, folder, evidence)
+    session.plan.save(staged / "plan.json")  # a run that fails keeps what it started from
     session = replace(
         session,
         checkpoint_seconds=checkpoint_seconds,
@@ -342,14 +376,18 @@ def work_of(run: RunConfig, context: Context) -> int:
     """Estimate a run's work in forward passes of one token, for the progress bar."""
     units = sum(len(row.input_ids) for rows in scored_splits(run, context).values() for row in rows)
     if run.role != "untouched":
-        pool = context.prepared.splits.pool
-        mean = sum(len(row.input_ids) for row in pool) / max(1, len(pool))
+        mean = _mean_tokens(context)
         rows = run.train_rows * run.train.epochs
         if run.train.max_steps is not None:
             a_step = run.train.step_examples or max(1, (run.train.step_tokens or 0) / max(mean, 1))
             rows = min(rows, int(run.train.max_steps * a_step))
-        units += int(TRAIN_COST * mean * rows)
+        units += int(TRAIN_COST * mean * rows) + len(probed(run)) * probe_work(run, context)
     return units
+
+
+def _mean_tokens(context: Context) -> float:
+    pool = context.prepared.splits.pool
+    return sum(len(row.input_ids) for row in pool) / max(1, len(pool))
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

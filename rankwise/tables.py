@@ -179,8 +179,9 @@ def _ends(values: list[int]) -> tuple[int, int] | None:
 
 
 def _budget(results: Results, arm: str) -> int | None:
-    """Return the parameters that the arm was given; None for its own ranks, or before its first run."""
-    return next((plan["budget"] for plan in results.plans(arm)), None)
+    """Return the parameters that the arm was given; None for its own ranks in any seed, or before a run."""
+    found = {plan["budget"] for plan in results.plans(arm)}
+    return found.pop() if len(found) == 1 else None
 
 
 def _mean(values: list[float]) -> float | None:

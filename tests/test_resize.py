@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from rankwise import adapters
+from rankwise.budget import solve_gains
 from rankwise.checkpoint import Saved
 from rankwise.inventory import inventory
 from rankwise.methods.grow_prune import moved
@@ -255,9 +256,12 @@ def test_a_move_keeps_to_budget_and_share():
         assert spent <= plan.budget and pruned <= share * plan.budget
         lost = [values[n] / k / costs[n] for n, r in plan.ranks.items() for k in range(ranks[n] + 1, r + 1)]
         won = [values[n] / k / costs[n] for n, r in plan.ranks.items() for k in range(r + 1, ranks[n] + 1)]
-        assert not lost or max(lost) < max(won), "no unit goes that is worth as much as all that come"
+        assert not lost or np.mean(lost) < np.mean(won)
         moves += bool(lost)
+        units = {m.name: values[m.name] / np.arange(1, m.max_rank + 1) for m in plan.modules}
+        best_ranks = solve_gains(units, costs, plan.budget, inventory(model).max_ranks)
         full = moved(plan, values, 1.0)
+        assert full == best_ranks, "with the whole budget to move, it gets where the solver would"
         assert moved(replanned(plan, full), values, 1.0) == full, "what it moved to, it leaves alone"
     assert moves > 30
 

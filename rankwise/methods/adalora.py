@@ -357,11 +357,18 @@ def _prove_loss(session: Session, before: float, after: float) -> None:
 
 @torch.no_grad()
 def _last_loss(session: Session, model: Any) -> float:
-    """Return the mean loss per label token on the last step's rows, in nats, without dropout."""
+    """Return the mean loss per label token on the last step's rows, in nats, without dropout.
+
+    Raises:
+        FloatingPointError: it is not finite: the last step went too far, and the run has failed.
+    """
     rows, engine = session.steps[-1], session.engine
     model.eval()
     batches = engine.batches(rows, session.config.micro_tokens)
-    return sum(float(engine.score(model, batch).nll.sum()) for batch in batches) / label_count(rows)
+    loss = sum(float(engine.score(model, batch).nll.sum()) for batch in batches) / label_count(rows)
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"the loss after the last step is {loss}")
+    return loss
 
 
 def _spread(plan: RankPlan) -> dict[str, Any]:

@@ -62,8 +62,7 @@ def moved(plan: RankPlan, values: Mapping[str, float], share: float) -> dict[str
         share: of the budget's parameters that may be pruned.
 
     The units that `budget.solve_gains` would add are taken densest first; for each, the units that it would
-    drop go, least dense first, until the new one fits. It ends where that would prune more than the share, or
-    a unit that is worth as much per parameter as the new one.
+    drop go, least dense first, until the new one fits. It ends where that would prune more than the share.
     """
     budget = plan.budget or 0
     costs = {module.name: module.cost for module in plan.modules}
@@ -77,9 +76,9 @@ def moved(plan: RankPlan, values: Mapping[str, float], share: float) -> dict[str
     grown = sorted(units(plan.ranks, wanted), key=lambda unit: -unit[0])
     spare = sorted(units(wanted, plan.ranks), key=lambda unit: unit[0])
     ranks, room, left = dict(plan.ranks), budget - plan.parameters, share * budget
-    for density, name in grown:
+    for _, name in grown:
         need, freed = 0, 0
-        while room + freed < costs[name] and need < len(spare) and spare[need][0] < density:
+        while room + freed < costs[name] and need < len(spare):
             freed += costs[spare[need][1]]
             need += 1
         if room + freed < costs[name] or freed > left:

@@ -6,11 +6,13 @@ import importlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from rankwise.config import NUMERICS
 from rankwise.data import Example
 from rankwise.engine.paths import Path as EnginePath
 from rankwise.errors import RankwiseError, one_of
-from rankwise.evidence import Evidence, Kind
+from rankwise.evidence import Evidence, Kind, Unmeasurable
 from rankwise.inventory import Inventory
 from rankwise.probes import cache
 
@@ -77,6 +79,13 @@ def evidence(
             model, inventory, rows, engine=engine, micro_tokens=micro_tokens, seed=seed, options=chosen,
             on_progress=on_progress,
         )  # fmt: skip
+        for quantity, by_module in found.values.items():
+            bad = next((name for name, array in by_module.items() if not np.isfinite(array).all()), None)
+            if bad is not None:
+                raise Unmeasurable(
+                    f"The {kind} probe needs finite numbers, and {quantity} of {bad} is not: its precision "
+                    "overflows."
+                )
         return found
 
     if fingerprint is None:

@@ -71,7 +71,7 @@ def measure_gradients(
         allowance: bytes of gradients held at once by "exact".
 
     Raises:
-        RankwiseError: a bad option, no row with labels, a loss or gradient that is not finite.
+        RankwiseError: a bad option, no row with labels, a loss that is not finite.
 
     Cost: a forward and a backward pass and 2·N·in·out operations per module for "exact", times the number
     of groups of modules (the backward only down to the group); 2·N·(in + out)·(k + l) for "sketch".
@@ -278,7 +278,7 @@ def _measure(
             with watching(setting.model, [module.name for module in group], gather.add):
                 sweep(setting.model, setting.engine, batches, [labels] * len(batches), on_batch)
             for module in group:
-                values[module.name] = _finite(module, gather.finish(module))
+                values[module.name] = gather.finish(module)
     cost = Cost(
         tokens * len(passes), _backward_tokens(setting.inventory, passes, tokens), len(passes),
         time.perf_counter() - began,
@@ -289,14 +289,6 @@ def _measure(
 
 def _device(model: Any, module: Module) -> torch.device:
     return next(model.get_submodule(module.name).parameters()).device
-
-
-def _finite(module: Module, numbers: Numbers) -> Numbers:
-    if all(torch.isfinite(number).all() for number in numbers.values()):
-        return numbers
-    raise RankwiseError(
-        f"The probe needs finite gradients, and that of {module.name} is not: its precision overflows."
-    )
 
 
 def _backward_tokens(inventory: Inventory, passes: Sequence[Sequence[Module]], tokens: int) -> int:

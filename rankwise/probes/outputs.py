@@ -22,7 +22,7 @@ from rankwise.data import Example
 from rankwise.engine.paths import Path as EnginePath
 from rankwise.engine.paths import Plain
 from rankwise.errors import RankwiseError
-from rankwise.evidence import Cost, Evidence
+from rankwise.evidence import Cost, Evidence, Unmeasurable
 from rankwise.inventory import Inventory
 from rankwise.plans import RankPlan
 from rankwise.probes.inputs import pass_labels
@@ -91,7 +91,7 @@ def measure_outputs(
                     engine=engine, on_step=lambda entry: tell(3 * entry["tokens"]),
                 )  # fmt: skip
             except Diverged as error:
-                raise RankwiseError(
+                raise Unmeasurable(
                     f"The outputs probe's brief training diverged at {error}. Lower its option rate, "
                     f"{chosen['rate']:g}."
                 ) from None

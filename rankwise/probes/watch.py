@@ -21,6 +21,7 @@ from rankwise.engine.batches import label_count
 from rankwise.engine.paths import Path as EnginePath
 from rankwise.engine.plain import first_not_finite
 from rankwise.errors import RankwiseError
+from rankwise.evidence import Unmeasurable
 
 Catch = Callable[[str, torch.Tensor, torch.Tensor], None]
 """Hears (module name, input (N, in_features), gradient of the output (N, out_features)) of one call."""
@@ -136,7 +137,7 @@ def sweep(
             loss = engine.score(model, batch).nll.sum() / divisor
             if not math.isfinite(value := loss.item()):
                 where = first_not_finite(model, batch, engine.score)
-                raise RankwiseError(
+                raise Unmeasurable(
                     f"The probe needs a finite loss on its calibration rows and got {value}; the first bad "
                     f"output is of {where}."
                 )

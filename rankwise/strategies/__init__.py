@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from numbers import Number
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 from rankwise.budget import parse_budget, raw_ranks, solve_gains, solve_targets
 from rankwise.errors import RankwiseError, did_you_mean, one_of
 from rankwise.evidence import Evidence, Kind
@@ -166,9 +168,14 @@ def allocate(
         capped = sum(values[m.name] >= m.max_rank + 1 for m in inventory)
         if capped:
             notices.append(f"{capped} modules wanted more than their full rank and got that.")
+    elif kind == "gains":
+        longer = {name: _extended(values[name], inventory.max_ranks[name]) for name in values}
+        ranks = solve_gains(longer, inventory.costs, amount, inventory.max_ranks)
+        beyond = sum(rank > len(values[name]) for name, rank in ranks.items())
+        if beyond:
+            notices.append(f"{beyond} modules got more rank than was measured; gains then fall as 1/k.")
     else:
-        solve = solve_gains if kind == "gains" else solve_targets
-        ranks = solve(values, inventory.costs, amount, inventory.max_ranks)
+        ranks = solve_targets(values, inventory.costs, amount, inventory.max_ranks)
     _refuse_empty(ranks, values, inventory, strategy, amount)
     return RankPlan(
         model=model,
@@ -206,6 +213,18 @@ def _values(
     if set(values) != set(inventory.names):
         raise RankwiseError(f"Strategy {strategy} must value exactly the modules of the inventory.")
     return {name: values[name] for name in inventory.names}
+
+
+def _extended(gains: Any, max_rank: int) -> np.ndarray:
+    """Return gains for every unit up to full rank: probes stop at some 64 units, budgets need not.
+
+    The last one that was measured goes on falling as 1/k, so that large budgets are spent in its proportion.
+    """
+    array = np.asarray(gains, dtype=np.float64)
+    if array.ndim != 1 or not 0 < len(array) < max_rank:
+        return array
+    beyond = np.arange(len(array) + 1, max_rank + 1)
+    return np.concatenate([array, array[-1] * len(array) / beyond])
 
 
 def _account(
