@@ -15,9 +15,10 @@ from rankwise import adapters
 from rankwise.engine.batches import label_count, optimizer_steps
 from rankwise.engine.plain import score
 from rankwise.errors import RankwiseError
+from rankwise.evidence import Evidence
 from rankwise.grid import run_config
 from rankwise.inventory import inventory
-from rankwise.run import evidence_for, execute, plan_for, session_for
+from rankwise.run import evidence_for, execute, plan_for, probe_work, session_for, work_of
 from rankwise.seeds import generator
 from rankwise.train import rate_factor, train_adapters
 from tests.conftest import tiny_llama
@@ -158,3 +159,38 @@ def test_adalora_refuses_a_start_that_it_would_not_use(study_dict: dict, workdir
     study_dict |= {"baseline": "a", "contrasts": []}
     with pytest.raises(RankwiseError, match="leave `init` out"):
         opened(workdir, study_dict)
+
+
+def test_a_probe_that_overflows_fails_its_run_and_not_the_study(
+    study, workdir: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def overflowing(model, modules, rows, **settings):
+        values = {m.name: np.float32(np.inf) * np.ones((), np.float32) for m in modules}
+        return Evidence("fisher", {"mean_square": values})
+
+    monkeypatch.setattr("rankwise.probes.squares.measure_fisher", overflowing)
+    run = run_config(study, "uniform", "reporting", 0, 1e-3).model_copy(
+        update={"strategy": "fisher", "calibration": 3}
+    )
+    study.store.open()
+    told: list[int] = []
+    with study.store.claim(run.run_id):
+        assert execute(run, study.context, study.store, arm="fisher", on_work=told.append) == "failed"
+    record = study.store.record(run.run_id)
+    assert (
+        "mean_square of model.layers.0" in record["failure"]["reason"]
+        and record["train_info"]["metrics"] == {}
+    )
+    assert not list((workdir / "cache").rglob("probes/*.safetensors"))  # nothing bad is kept
+
+
+def test_the_progress_of_a_run_counts_its_probe(study):
+    run = run_config(study, "spectral", "reporting", 0, 1e-3)
+    study.store.open()
+    told: list[int] = []
+    with study.store.claim(run.run_id):
+        execute(run, study.context, study.store, arm="spectral", on_work=told.append)
+    without = work_of(run.model_copy(update={"strategy": "uniform"}), study.context)
+    assert probe_work(run, study.context) > 0
+    assert work_of(run, study.context) == without + probe_work(run, study.context)
+    assert min(told) >= 0 and sum(told) == pytest.approx(work_of(run, study.context), rel=0.2)

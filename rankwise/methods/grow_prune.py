@@ -78,10 +78,10 @@ def moved(plan: RankPlan, values: Mapping[str, float], share: float) -> dict[str
     ranks, room, left = dict(plan.ranks), budget - plan.parameters, share * budget
     for _, name in grown:
         need, freed = 0, 0
-        while room + freed < costs[name] and need < len(spare):
+        while room + freed < costs[name]:  # the solver's answer fits the budget, so there is enough to drop
             freed += costs[spare[need][1]]
             need += 1
-        if room + freed < costs[name] or freed > left:
+        if freed > left:
             break
         for _, donor in spare[:need]:
             ranks[donor] -= 1

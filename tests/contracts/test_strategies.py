@@ -293,6 +293,18 @@ def test_reversed_mirrors_gains_too(monkeypatch):
         allocate(modules, strategy="reversed", options={"of": "made_up"}, match="none")
 
 
+def test_gains_reach_budgets_beyond_what_was_measured():
+    modules = INVENTORIES["gpt2"]
+    few = {m.name: 2.0 ** -np.arange(5, dtype=np.float32) * (m.layer + 1) for m in modules}
+    right = {m.name: np.ones((5, m.in_features), np.float32) for m in modules}
+    probe = Evidence("gradients", {"singular_values": few, "right_vectors": right})
+    large = allocate(modules, strategy="spectral", budget="r=64", probe=probe)
+    assert large.leftover < min(m.cost for m in modules) and max(large.ranks.values()) > 64
+    assert any("more rank than was measured" in notice for notice in large.provenance["notices"])
+    small = allocate(modules, strategy="spectral", budget="r=1", probe=probe)
+    assert max(small.ranks.values()) <= 5 and not small.provenance["notices"]
+
+
 def test_custom_forms():
     small = INVENTORIES["small"]
     assert per_layer(raw("custom", small, ranks=[5, 4, 3, 2, 1]), small) == [5, 4, 3, 2, 1]
