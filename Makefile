@@ -25,6 +25,7 @@ bench: .venv/bench           ## speed and memory beside Trainer + PEFT and TRL, 
 	$(BIN)/python -m benchmarks.throughput
 	$(BIN)/python -m benchmarks.study
 	$(BIN)/python -m benchmarks.growth
+	$(BIN)/python -m benchmarks.probe
 
 study: .venv/ready           ## make study STUDY=studies/seed.yaml
 	$(BIN)/rankwise study run $(STUDY)

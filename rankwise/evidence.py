@@ -43,9 +43,10 @@ class Cost:
     seconds: float = 0.0
 
     def __str__(self) -> str:
+        passes = "1 pass" if self.passes == 1 else f"{self.passes} passes"
         return (
-            f"{self.passes} passes, {self.forward_tokens:,} tokens forward and {self.backward_tokens:,} "
-            f"backward, {self.seconds:.1f} s"
+            f"{passes}, {self.forward_tokens:,} tokens forward and {self.backward_tokens:,} backward, "
+            f"{self.seconds:.1f} s"
         )
 
 

@@ -134,7 +134,7 @@ def plan_from_source(
 ) -> Found:
     """Plan ranks for a model named by its source; weights are read only where the strategy looks at them.
 
-    Evidence is kept in the cache, shared with studies on the same weights and rows.
+    Evidence is kept in the cache.
 
     Args:
         source: hf:, pypi: or file: text.

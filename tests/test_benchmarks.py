@@ -98,7 +98,7 @@ def test_a_failing_process_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     assert common.finish(failures) == 1
 
 
-@pytest.mark.parametrize("name", ["throughput", "study", "growth"])
+@pytest.mark.parametrize("name", ["throughput", "study", "growth", "probe"])
 def test_each_says_how_it_is_called(name: str) -> None:
     ended = subprocess.run(
         [sys.executable, "-m", f"benchmarks.{name}", "--help"], cwd=ROOT, capture_output=True, text=True,

@@ -18,6 +18,7 @@ from rankwise.methods.resize import factors, key, resize
 from rankwise.methods.segments import importance
 from rankwise.methods.sensitivity import gains
 from rankwise.methods.session import replanned
+from rankwise.methods.shrink import energies
 from rankwise.plans import RankPlan
 from tests.parts import MODELS, mixed_ranks, plan_of
 
@@ -239,6 +240,16 @@ def test_sensitivity_spreads_a_module_over_its_units_by_energy():
     a, b = (saved.parameters[key(names[1], f)]["value"].double().numpy() for f in "AB")
     energy = np.linalg.svd(b @ a, compute_uv=False)[:2] ** 2
     assert units[names[1]][:2] == pytest.approx(energy / energy.sum(), rel=1e-6)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_shrink_weighs_the_singular_values_of_the_scaled_update(scale: str):
+    model = MODELS["llama"]()
+    plan = custom(model, mixed_ranks(model), scale)
+    saved = trained_state(plan)
+    for name, values in energies(plan, saved).items():
+        wanted = np.linalg.svd(update(plan, saved, name), compute_uv=False)[: plan.ranks[name]] ** 2
+        np.testing.assert_allclose(values, wanted, rtol=1e-8)
 
 
 def test_a_move_keeps_to_budget_and_share():
