@@ -7,6 +7,7 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from rankwise import stats
@@ -21,6 +22,9 @@ from rankwise.figures.rows import (
     SeriesPoint,
 )
 from rankwise.tables import Results, contrast_rows, margin
+
+SAME = 1.05
+"""Arms of one budget differ by what whole ranks leave over; within 5 % their parameters count as equal."""
 
 Interval = tuple[float | None, float | None]
 
@@ -52,6 +56,11 @@ def _group(results: Results, arm: str) -> str:
     return "" if budget is None else str(budget)
 
 
+def _variant(results: Results, arm: str) -> str:
+    scale = results.config.arms[arm].scale
+    return "" if scale is None else f"scale {scale}"
+
+
 def loss_points(results: Results) -> list[LossPoint]:
     """Return each arm's mean loss with its 95 % t-interval over seeds, and which arms make the frontier.
 
@@ -75,19 +84,18 @@ def loss_points(results: Results) -> list[LossPoint]:
                 low=low,
                 high=high,
                 failed=len(records) - len(done),
-                variant="" if config.scale is None else f"scale {config.scale}",
+                variant=_variant(results, arm),
             )
         )
     return _with_frontier(found)
 
 
 def _with_frontier(points: list[LossPoint]) -> list[LossPoint]:
-    """Mark the arms that no arm of as many parameters or fewer beats in mean loss."""
-    from dataclasses import replace
+    """Mark the arms that no arm beats in mean loss at no more than `SAME` times their parameters."""
 
     def beaten(one: LossPoint) -> bool:
         return any(
-            other.parameters <= one.parameters
+            other.parameters <= SAME * one.parameters
             and (other.loss < one.loss or (other.loss == one.loss and other.parameters < one.parameters))
             for other in points
         )
@@ -130,7 +138,8 @@ def baseline_differences(results: Results) -> list[Difference]:
         values = [own[seed] - against[seed] for seed in sorted(own.keys() & against.keys())]
         paired = stats.paired(values) if len(values) > 1 else None
         failed = sum(r["status"] == "failed" for r in results.of(arm).values())
-        words = f"{failed} runs failed" if failed else f"{len(values)} seeds, not declared"
+        words = f"{failed} run{'s' * (failed > 1)} failed" if failed else "not declared"
+        words = words if values or failed else "no seed in common yet"
         found.append(
             Difference(
                 arm=arm,
@@ -179,10 +188,10 @@ def curve_points(results: Results, arms: Sequence[str] | None = None, smooth: in
             for place, step in enumerate(losses):
                 window = list(losses.values())[max(0, place - smooth + 1) : place + 1]
                 steps[step].append(statistics.fmean(window))
-        strategy, group = strategy_of(results, arm), _group(results, arm)
+        strategy, told = strategy_of(results, arm), (_group(results, arm), _variant(results, arm))
         for step, values in sorted(steps.items()):
             mean = statistics.fmean(values)
-            found.append(SeriesPoint(arm, strategy, step, mean, *_range(values), group))
+            found.append(SeriesPoint(arm, strategy, step, mean, *_range(values), *told))
     return found
 
 
@@ -213,6 +222,7 @@ def rate_points(results: Results) -> list[RatePoint]:
                     low=low,
                     high=high,
                     group=_group(results, arm),
+                    variant=_variant(results, arm),
                     chosen=tried["rate"] == choice["rate"],
                 )
             )
@@ -226,8 +236,8 @@ def size_points(by_size: Mapping[int, Results]) -> list[SeriesPoint]:
         for arm, config in results.config.arms.items():
             losses = list(results.losses(arm).values())
             if losses:
-                mean, group = statistics.fmean(losses), _group(results, arm)
-                found.append(SeriesPoint(arm, config.strategy, rows, mean, *t_interval(losses), group))
+                mean, told = statistics.fmean(losses), (_group(results, arm), _variant(results, arm))
+                found.append(SeriesPoint(arm, config.strategy, rows, mean, *t_interval(losses), *told))
     return found
 
 

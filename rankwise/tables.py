@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from rankwise import stats
 from rankwise.config import SCREENING_BELOW, StudyConfig
 from rankwise.errors import RankwiseError
+from rankwise.power import design_answers
 from rankwise.store import Store, read_json
 
 
@@ -297,23 +298,10 @@ def state_counts(results: Results) -> dict[str, dict[str, int]]:
 
 def design_warnings(config: StudyConfig) -> list[str]:
     """Return what the study's design cannot answer, said before anything runs."""
-    seeds, contrasts = config.seeds.reporting, len(config.contrasts)
-    found = []
+    seeds = config.seeds.reporting
+    found = design_answers(seeds, len(config.contrasts))
     if seeds < SCREENING_BELOW:
-        found.append(
-            f"{seeds} reporting seeds screen: verdicts need {SCREENING_BELOW}. An exact sign-flip test of "
-            f"{seeds} seeds cannot go below p = {2 / 2**seeds:.3g}."
-        )
-    elif contrasts and 2 / 2**seeds > 0.05 / contrasts:
-        found.append(
-            f"{contrasts} contrasts with {seeds} seeds: the exact sign-flip test cannot reach 5 % after "
-            f"Holm's adjustment (lowest p = {2 / 2**seeds:.3g}); declare fewer contrasts or run more seeds."
-        )
-    if seeds >= 2:
-        found.append(
-            f"{seeds} seeds can detect differences of {stats.detectable_effect(seeds):.2f} SDs of the "
-            "seed-to-seed differences (80 % power, 5 %, before Holm's adjustment)."
-        )
+        found.insert(0, f"a study of {_seeds(seeds)} screens: verdicts need {SCREENING_BELOW}.")
     if not config.tuned:
         found.append("one learning rate for every arm: a difference may be the rate's, not the ranks'.")
     if not config.contrasts:

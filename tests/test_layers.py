@@ -11,7 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "rankwise"
 ORDER = """
-    errors config seeds stats selection store tables budget plans evidence inventory strategies cached
+    errors config seeds stats resampling power ladder selection store tables figures figuretables budget
+    plans evidence inventory strategies cached
     package_index downloads sources studyfaults studyfile machine models rows data datacard studydata
     lowrank adapters engine checkpoint train evaluate probes methods run grid speed execution observer study
     worker workers borrowed calibration explaining agreement measuring planning export terminal doctor cli
@@ -20,8 +21,9 @@ ORDER = """
 """From the top down; a folder is one room. New files find their place here."""
 
 TORCH_FREE = [
-    "config", "studyfile", "budget", "stats", "store", "selection", "tables", "plans", "evidence",
-    "strategies", "calibration", "explaining", "agreement", "planning",
+    "config", "studyfile", "budget", "stats", "resampling", "power", "ladder", "store",
+    "selection", "tables", "figures", "figuretables", "plans", "evidence", "strategies",
+    "calibration", "explaining", "agreement", "planning",
 ]  # fmt: skip
 
 

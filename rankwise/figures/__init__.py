@@ -20,8 +20,9 @@ from matplotlib.figure import Figure
 
 from rankwise.figures.comparisons import example_differences, loss_against_parameters, paired_differences
 from rankwise.figures.curves import data_size, learning_rates, training_curves
-from rankwise.figures.look import LINE, LOOKS, WIDTHS, Width, canvas, save, shown, style
-from rankwise.figures.ranks import memory, rank_heatmap, rank_use, times
+from rankwise.figures.look import KEY_WIDTH, LINE, LOOKS, WIDTHS, Width, canvas, save, shown, style
+from rankwise.figures.ranks import cost_room, memory, rank_heatmap, rank_use, times
+from rankwise.figures.rows import Difference
 
 __all__ = [
     "LOOKS",
@@ -77,20 +78,31 @@ def _height(draw: Callable[..., Any], rows: Any, width: Width) -> float:
         return 2.2
     if draw is rank_heatmap:
         layers, parts = len({row.layer for row in rows}), len({row.part for row in rows})
-        return 0.9 + LINE * parts * 1.2 if width == "double" else 1.2 + 0.9 * LINE * layers
+        return 0.9 + LINE * max(3, parts) * 1.2 if width == "double" else 1.2 + 0.9 * LINE * max(4, layers)
     if draw is paired_differences:
-        lines = [shown(row.verdict, 28).count("\n") + shown(row.arm, 26).count("\n") + 2 for row in rows]
-        return 0.9 + (0.8 * LINE * sum(lines) if width == "single" else LINE * 1.05 * len(rows))
+        return 1.0 + max(2, len(rows)) * _forest_line(rows, width)
     if draw in (times, memory):
-        return 0.8 + LINE * len(rows)
-    names = (
-        {(r.strategy, r.variant) for r in rows} if draw is loss_against_parameters else {r.arm for r in rows}
-    )
-    return _beside(len(names) + 3, width)
-
-
-def _beside(names: int, width: Width) -> float:
-    """Return the height of a plot with a key: below it in one column, beside it in two."""
+        lines = max((shown(row.arm, cost_room(width)).count("\n") for row in rows), default=0) + 1
+        return 0.8 + max(2, len(rows)) * (LINE if lines == 1 else 0.06 + 0.113 * lines)
+    if draw is loss_against_parameters:
+        names = {f"{row.strategy} ({row.variant})" for row in rows}
+    else:
+        names = {row.arm for row in rows}
+    lines = 3 + sum(shown(name, KEY_WIDTH).count("\n") + 1 for name in names)
     if width == "single":
-        return 2.2 + 0.75 * LINE * ((names + 1) // 2)
-    return max(2.6, 0.3 + 0.75 * LINE * (names if names <= 26 else (names + 1) // 2))
+        return 2.2 + 0.75 * LINE * ((lines + 1) // 2)
+    return max(2.6, 0.3 + 0.75 * LINE * (lines if len(names) <= 24 else (lines + 1) // 2))
+
+
+def _forest_line(rows: Sequence[Difference], width: Width) -> float:
+    """Return the inches that a contrast's names and verdict take."""
+
+    def lines(text: str, room: int) -> int:
+        return shown(text, room).count("\n") + 1
+
+    one = len({row.against for row in rows}) == 1
+    names = [row.arm if one else f"{row.arm} - {row.against}" for row in rows]
+    pairs = list(zip(names, (row.verdict for row in rows), strict=True))
+    if width == "single":
+        return 0.06 + 0.113 * max((lines(n, 28) + lines(f"({v})", 28) for n, v in pairs), default=1)
+    return 0.065 + 0.113 * max((max(lines(n, 34), lines(v, 48)) for n, v in pairs), default=1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,9 +15,9 @@ from matplotlib.transforms import ScaledTranslation
 from rankwise.figures.look import (
     BLACK,
     BLUE,
-    FILLS,
     GREY,
     VERMILLION,
+    fills,
     key,
     look_of,
     narrow,
@@ -39,12 +38,12 @@ def loss_against_parameters(rows: Sequence[LossPoint], ax: Axes, *, interval: st
     Arms of nearly equal parameters are shifted sideways by some points, to be told apart; their data
     keep the true numbers. `interval` says what low and high are.
     """
-    fills = _fills(rows)
+    fill = fills(row.variant for row in rows)
     room = 62 if narrow(ax) else 105
     for cluster in _clusters(rows):
         step = min(7.0, room / max(1, len(cluster) - 1))
         for i, row in enumerate(cluster):
-            _loss_point(row, ax, (i - (len(cluster) - 1) / 2) * step, fills[row.strategy, row.variant])
+            _loss_point(row, ax, (i - (len(cluster) - 1) / 2) * step, fill[row.variant])
     best = sorted((row for row in rows if row.frontier), key=lambda row: row.parameters)
     ax.plot(
         [row.parameters for row in best],
@@ -60,23 +59,16 @@ def loss_against_parameters(rows: Sequence[LossPoint], ax: Axes, *, interval: st
     ax.set_ylabel(LOSS)
     ax.grid(axis="y")
     entries: list[tuple[Any, str]] = [
-        (sample(strategy, fillstyle=fill), strategy.replace("_", " ") + (f" ({variant})" if variant else ""))
-        for (strategy, variant), fill in fills.items()
+        (sample(strategy, fillstyle=fill[variant]), strategy + (f" ({variant})" if variant else ""))
+        for strategy, variant in dict.fromkeys((row.strategy, row.variant) for row in rows)
     ]
-    entries.append(
-        (Line2D([], [], color=GREY, linestyle=(0, (4, 2)), linewidth=0.9), "frontier of the means")
-    )
+    if best:
+        line = Line2D([], [], color=GREY, linestyle=(0, (4, 2)), linewidth=0.9)
+        entries.append((line, "frontier of the means"))
     if any(row.low is not None for row in rows):
         entries.append((Line2D([], [], color=GREY, marker="|", linewidth=0.8), interval))
     key(ax, entries)
     return ax
-
-
-def _fills(rows: Sequence[LossPoint]) -> dict[tuple[str, str], str]:
-    """Return (strategy, variant) -> the marker's fill: full, or hollow in one way per variant."""
-    variants = [v for v in dict.fromkeys(row.variant for row in rows) if v]
-    fill = {"": "full"} | {v: FILLS[i % len(FILLS)] for i, v in enumerate(variants)}
-    return {pair: fill[pair[1]] for pair in dict.fromkeys((row.strategy, row.variant) for row in rows)}
 
 
 def _clusters(rows: Sequence[LossPoint]) -> list[list[LossPoint]]:
@@ -109,8 +101,10 @@ def _loss_point(row: LossPoint, ax: Axes, shift: float, fill: str) -> None:
     ax.plot([row.parameters], [row.loss], linestyle="none", label=row.arm, transform=beside, **look)
     if row.frontier:
         low = row.loss if row.low is None else row.low
-        place: dict[str, Any] = {"xytext": (shift, -6), "textcoords": "offset points"}
-        note(ax, row.parameters, low, shown(row.arm, 18), **place, ha="center", va="top")
+        # The best of a group is its leftmost, so words that end there cross no other interval.
+        side = (shift, "center") if narrow(ax) else (shift + 5, "right")
+        place: dict[str, Any] = {"xytext": (side[0], -6), "textcoords": "offset points", "ha": side[1]}
+        note(ax, row.parameters, low, shown(row.arm, 18), va="top", **place)
     if row.failed:
         high = row.loss if row.high is None else row.high
         place = {"xytext": (shift, 3), "textcoords": "offset points", "rotation": 90}
@@ -123,9 +117,13 @@ def _parameter_axis(rows: Sequence[LossPoint], ax: Axes) -> None:
     ticks = [cluster[-1].parameters for cluster in _clusters(rows)]
     ax.set_xticks([], minor=True)
     ax.set_xticks(ticks, [_count(tick) for tick in ticks])
-    ax.margins(x=0.35 if len(ticks) < 4 else 0.1, y=0.14)
-    if len(ticks) == 1:
-        ax.set_xlim(ticks[0] / 3, ticks[0] * 3)
+    # Shifted points do not widen the axes by themselves.
+    beside = 2.0 if len(ticks) < 4 else 1.3
+    ax.set_xlim(min((row.parameters for row in rows), default=1) / beside, max(ticks, default=10) * beside)
+    ends = [end for row in rows for end in (row.loss, row.low, row.high) if end is not None]
+    if ends:
+        room = 0.1 * (max(ends) - min(ends)) or 0.05
+        ax.set_ylim(min(ends) - 1.3 * room, max(ends) + room)
     ax.set_xlabel("trainable parameters")
 
 
@@ -191,7 +189,7 @@ def _contrast(row: Difference, one_baseline: bool, tight: bool) -> str:
     name = row.arm if one_baseline else f"{row.arm} − {row.against}"  # noqa: RUF001 (a minus)
     if not tight:
         return shown(name, 34)
-    return f"{shown(name, 26)}\n({shown(row.verdict, 28)})"
+    return f"{shown(name, 28)}\n({shown(row.verdict, 28)})"
 
 
 @styled
@@ -210,10 +208,7 @@ def example_differences(rows: ExampleDifferences, ax: Axes) -> Axes:
     width = 40 if narrow(ax) else 90
     ax.set_title(shown(f"{rows.arm} minus {rows.against}", width, 2), loc="left", parse_math=False)
     many = "" if rows.seeds == 1 else f", mean of {rows.seeds} seeds"
-    place: dict[str, Any] = {"textcoords": "axes fraction", "fontsize": 6.5}
-    if len(values):
-        note(ax, 0, 0, f"{rows.better} rows better", xytext=(0.03, 0.9), color=BLUE, **place)
-        worse = f"{rows.worse} rows worse{many}"
-        note(ax, 0, 0, worse, xytext=(0.97, 0.06), color="#A84800", ha="right", **place)
-    assert all(math.isfinite(value) for value in rows.differences)
+    place: dict[str, Any] = {"transform": ax.transAxes, "fontsize": 6.5}
+    ax.text(0.03, 0.9, f"{rows.better} rows better{many}", color=BLUE, **place)
+    ax.text(0.97, 0.06, f"{rows.worse} rows worse{many}", color="#A84800", ha="right", **place)
     return ax

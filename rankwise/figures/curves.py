@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.transforms import ScaledTranslation
 
-from rankwise.figures.look import BLACK, DASHES, GREY, key, look_of, note, sample, styled
+from rankwise.figures.look import BLACK, DASHES, GREY, fills, key, look_of, note, sample, styled
 from rankwise.figures.rows import RatePoint, SeriesPoint
 
 Point = TypeVar("Point", bound=SeriesPoint)
 BANDS = 6
 """With more arms than this, bands would hide each other; the lines alone are drawn."""
+MANY = 12
+"""With more arms than this, lines are thin and markers few."""
 
 
 @styled
@@ -47,17 +51,22 @@ def learning_rates(rows: Sequence[RatePoint], ax: Axes, *, band: str = "range ov
     """Draw the validation loss by learning rate; the chosen rate is ringed, a diverged one a cross on top."""
     _series([row for row in rows if row.mean is not None], ax, every=False, band=band, of=rows)
     _ticks_at_points(rows, ax)
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    seen: Counter[float] = Counter()
+    size = 8 if len(_by_arm(rows)) <= MANY else 5
     for row in rows:
         if row.mean is None:
-            top: dict[str, Any] = {"transform": ax.get_xaxis_transform(), "clip_on": False}
-            ax.plot([row.x], [1.0], marker="x", color=look_of(row.strategy)["color"], markersize=5, **top)
+            beside = ScaledTranslation(-5 * seen[row.x] / 72, 0, figure.dpi_scale_trans)
+            top: dict[str, Any] = {"transform": ax.get_xaxis_transform() + beside, "clip_on": False}
+            ax.plot([row.x], [1.0], marker="x", color=look_of(row.strategy)["color"], markersize=4, **top)
+            seen[row.x] += 1
         elif row.chosen:
             ring: dict[str, Any] = {"markerfacecolor": "none", "markeredgecolor": BLACK, "linestyle": "none"}
-            ax.plot([row.x], [row.mean], marker="o", markersize=8, markeredgewidth=0.7, zorder=5, **ring)
-    diverged = [row.x for row in rows if row.mean is None]
-    if diverged:
+            ax.plot([row.x], [row.mean], marker="o", markersize=size, markeredgewidth=0.7, zorder=5, **ring)
+    if seen:
         place: dict[str, Any] = {"xycoords": ax.get_xaxis_transform(), "textcoords": "offset points"}
-        note(ax, min(diverged), 1.0, "diverged", xytext=(0, 4), ha="center", annotation_clip=False, **place)
+        note(ax, max(seen), 1.0, "diverged", xytext=(4, 4), ha="right", annotation_clip=False, **place)
     ax.set_xlabel("learning rate")
     ax.set_ylabel("validation loss (nats per token)")
     return ax
@@ -82,6 +91,7 @@ def _series(
     arms = _by_arm(rows)
     known = rows if of is None else of
     groups = {group: DASHES[i % len(DASHES)] for i, group in enumerate(dict.fromkeys(r.group for r in known))}
+    fill = fills(row.variant for row in known)
     banded = len(arms) <= BANDS and any(row.low is not None for row in rows)
     for place, (arm, points) in enumerate(arms.items()):
         look, dashes = look_of(points[0].strategy), groups[points[0].group]
@@ -92,17 +102,20 @@ def _series(
             shade: dict[str, Any] = {"facecolor": look["color"], "alpha": 0.16, "linewidth": 0}
             ax.fill_between([p.x for p in within], low, high, **shade)  # type: ignore[arg-type]
         # Markers start at different points, so that those of lines lying on each other are all seen.
-        gap = max(1, len(x) // 8)
+        gap = max(1, len(x) // (8 if len(arms) <= MANY else 3))
         marks = (place % gap, gap) if every else None
-        width = 1.1 if len(arms) <= 12 else 0.8
-        ax.plot(
-            x, [p.mean for p in points], linestyle=dashes, markevery=marks, label=arm, linewidth=width, **look
-        )
+        thin = {} if len(arms) <= MANY else {"linewidth": 0.6, "markersize": 3}
+        look = {**look, "fillstyle": fill[points[0].variant], "markerfacecoloralt": "white", **thin}
+        ax.plot(x, [p.mean for p in points], linestyle=dashes, markevery=marks, label=arm, **look)
     ax.grid(axis="y")
     strategies = {arm: points[0] for arm, points in _by_arm(known).items()}
     entries: list[tuple[Any, str]] = [
-        (sample(row.strategy, groups[row.group]), arm) for arm, row in strategies.items()
+        (sample(row.strategy, groups[row.group], fillstyle=fill[row.variant]), arm)
+        for arm, row in strategies.items()
     ]
+    if len(groups) > 1:
+        lines: dict[str, Any] = {"color": GREY, "linewidth": 1.0}
+        entries += [(Line2D([], [], linestyle=dashes, **lines), group) for group, dashes in groups.items()]
     if banded:
         entries.append((Line2D([], [], color=GREY, linewidth=6, alpha=0.3), f"band: {band}"))
     if any(isinstance(row, RatePoint) and row.chosen for row in known):
@@ -118,7 +131,8 @@ def _ticks_at_points(rows: Sequence[SeriesPoint], ax: Axes) -> None:
     ax.xaxis.set_minor_locator(NullLocator())
     ax.set_xticks(ticks)
     ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _plain(x)))
-    ax.margins(x=0.06)
+    if ticks:  # also where every run diverged, which leaves no line to scale the axis by
+        ax.set_xlim(ticks[0] * 0.8, ticks[-1] * 1.25)
 
 
 def _plain(value: float) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import textwrap
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
@@ -64,10 +64,12 @@ LOOKS: dict[str, Look] = {
 STRANGER: Look = (GREY, ".")
 DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.2, 1, 1.2)))
 FILLS = ("none", "left", "bottom", "right", "top")
+KEY_WIDTH = 25
+"""Characters of a line of the key: two columns of them fit a narrow figure."""
 LINE = 0.17
 """Inches of height that one line of a list takes."""
 
-RC: dict[str, Any] = {
+RC: Any = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 7,
@@ -155,25 +157,36 @@ def narrow(ax: Axes) -> bool:
 
 
 def shown(name: str, width: int = 34, lines: int = 2) -> str:
-    """Return a name as it is drawn: control characters written out, wrapped, its middle left out if long."""
+    """Return a name as it is drawn: control characters written out, wrapped, its middle left out if long.
+
+    `width` is in characters of a line; there are at most `lines`.
+    """
     text = " ".join(visible(name).split(" "))
     room = width * lines
     if len(text) > room:
         text = f"{text[: room // 2]}…{text[len(text) - room // 2 + 1 :]}"
-    return "\n".join(textwrap.wrap(text, width, break_on_hyphens=False)[: lines + 1]) or " "
+    wrapped = textwrap.wrap(text, width, break_on_hyphens=False)
+    if len(wrapped) > lines:  # the words break badly, so it is cut where the line ends
+        wrapped = [text[i : i + width] for i in range(0, len(text), width)]
+    return "\n".join(wrapped) or "(no name)"
+
+
+def fills(variants: Iterable[str]) -> dict[str, str]:
+    """Return variant -> the marker's fill: full for none, else hollow or half full, in the order given."""
+    named = [variant for variant in dict.fromkeys(variants) if variant]
+    return {"": "full"} | {variant: FILLS[i % len(FILLS)] for i, variant in enumerate(named)}
 
 
 def key(ax: Axes, entries: Sequence[tuple[Any, str]], title: str | None = None) -> None:
     """Draw the legend: right of wide axes, below narrow ones, so that it hides no point."""
-    handles, names = [e[0] for e in entries], [shown(e[1], 26) for e in entries]
+    handles, names = [e[0] for e in entries], [shown(e[1], KEY_WIDTH) for e in entries]
     # A label that begins with _ is left out of legends, so the names are put in afterwards.
     stand_ins = [str(i) for i in range(len(names))]
     common: dict[str, Any] = {"title": title, "alignment": "left", "borderaxespad": 0.2}
     if narrow(ax):
-        columns = 1 if max(map(len, names), default=0) > 24 else 2
         figure = ax.get_figure(root=True)
         assert figure is not None
-        legend = figure.legend(handles, stand_ins, loc="outside lower left", ncols=columns, **common)
+        legend = figure.legend(handles, stand_ins, loc="outside lower left", ncols=2, **common)
     else:
         columns = 1 if len(names) <= 26 else 2
         place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.02, 1.0), "ncols": columns}

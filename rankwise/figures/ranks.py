@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from rankwise.figures.look import BLACK, GREY, key, look_of, narrow, sample, shown, styled
+from rankwise.figures.look import BLACK, GREY, Width, key, look_of, narrow, sample, shown, styled
 from rankwise.figures.rows import Cost, HeatCell, RankUse
 
 COLOURS = "cividis"
@@ -27,7 +27,7 @@ def rank_heatmap(rows: Sequence[HeatCell], ax: Axes, *, title: str = "") -> Axes
     layers, parts = sorted({row.layer for row in rows}), list(dict.fromkeys(row.part for row in rows))
     across = not narrow(ax)
     shape = (len(parts), len(layers)) if across else (len(layers), len(parts))
-    grid = np.full(shape, np.nan)
+    grid = np.full(np.maximum(shape, 1), np.nan)
     highest = max((row.rank for row in rows), default=1) or 1
     shades = colormaps[COLOURS].with_extremes(bad="white")
     size = min(6.0, 5.2 * 30 / max(len(layers), 30)) if across else 6.0
@@ -57,7 +57,7 @@ def rank_heatmap(rows: Sequence[HeatCell], ax: Axes, *, title: str = "") -> Axes
     bar = figure.colorbar(image, ax=ax, fraction=0.04, pad=0.01 if across else 0.02)
     bar.set_label("rank")
     bar.ax.yaxis.set_major_locator(MaxNLocator(5, integer=True))
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     return ax
 
 
@@ -82,6 +82,8 @@ def rank_use(rows: Sequence[RankUse], ax: Axes, *, measure: str = "stable rank o
         look = {**look_of(points[0].strategy), "markersize": 4, "alpha": 0.75}
         across, up = [p.allotted for p in points], [p.used for p in points]
         ax.plot(across, up, linestyle="none", markerfacecolor="none", label=arm, **look)
+    highest = max((row.used for row in rows), default=0) or 1
+    ax.set_ylim(-0.05 * highest, 1.08 * highest)  # the diagonal may leave the picture
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     ax.set_xlabel("rank allotted")
     ax.set_ylabel(f"rank used ({shown(measure, 60, 1)})")
@@ -94,7 +96,7 @@ def rank_use(rows: Sequence[RankUse], ax: Axes, *, measure: str = "stable rank o
 @styled
 def times(rows: Sequence[Cost], ax: Axes) -> Axes:
     """Draw the seconds of a run as a bar per arm: probe, training, evaluation."""
-    spans = [
+    spans: list[tuple[str, list[float], dict[str, Any]]] = [
         ("probe", [row.probe_seconds for row in rows], {"facecolor": "white", "hatch": "//////"}),
         ("training", [row.train_seconds for row in rows], {"facecolor": "#9E9E9E"}),
         ("evaluation", [row.evaluation_seconds for row in rows], {"facecolor": "white"}),
@@ -126,9 +128,14 @@ def memory(rows: Sequence[Cost], ax: Axes) -> Axes:
     return ax
 
 
+def cost_room(width: Width) -> int:
+    """Return the characters of a line of an arm's name beside its bar."""
+    return 20 if width == "single" else 34
+
+
 def _arm_axis(rows: Sequence[Cost], ax: Axes) -> None:
-    width = 20 if narrow(ax) else 34
-    ax.set_yticks(range(len(rows)), [shown(row.arm, width) for row in rows], parse_math=False)
+    room = cost_room("single" if narrow(ax) else "double")
+    ax.set_yticks(range(len(rows)), [shown(row.arm, room) for row in rows], parse_math=False)
     ax.tick_params(axis="y", length=0)
     ax.set_ylim(len(rows) - 0.4, -0.6)
     ax.xaxis.set_major_locator(MaxNLocator(5))

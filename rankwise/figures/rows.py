@@ -14,7 +14,7 @@ class LossPoint:
 
     Attributes:
         variant: what sets the arm apart from others of its strategy, such as its scale rule; "" for none.
-        frontier: no arm with as many parameters or fewer has a lower mean loss.
+        frontier: no arm at no greater cost has a lower mean loss.
         failed: failed runs of the arm; they are in no mean.
     """
 
@@ -64,7 +64,7 @@ class SeriesPoint:
     """A point of a curve: at `x`, the mean over seeds and its band.
 
     `x` is the step, the number of training rows, or the learning rate. `group`, such as the budget,
-    sets the line's dashes.
+    sets the line's dashes; `variant`, such as a scale rule, the marker's fill.
     """
 
     arm: str
@@ -74,6 +74,7 @@ class SeriesPoint:
     low: float | None = None
     high: float | None = None
     group: str = ""
+    variant: str = ""
 
 
 @dataclass(frozen=True)
