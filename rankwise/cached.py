@@ -15,6 +15,7 @@ from pathlib import Path
 
 from platformdirs import user_cache_path
 
+from rankwise.aside import replacing
 from rankwise.errors import RankwiseError
 
 
@@ -61,11 +62,10 @@ def _stamp(path: Path) -> list[int]:
 def note(path: Path, sha: str) -> str:
     """Remember a hash and return it. If the cache cannot be written, the file is hashed again next time."""
     kept = _note_of(path)
-    aside = kept.with_suffix(f".{os.getpid()}")
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(json.dumps({"path": str(path), "stamp": _stamp(path), "sha256": sha}))
-        aside.replace(kept)
+        with replacing(kept) as aside:
+            aside.write_text(json.dumps({"path": str(path), "stamp": _stamp(path), "sha256": sha}))
     except OSError:
         pass
     return sha

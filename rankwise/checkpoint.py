@@ -12,6 +12,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from rankwise.aside import replacing
+
 KEYS = ("value", "exp_avg", "exp_avg_sq", "step")
 
 
@@ -59,14 +61,13 @@ def write(path: Path, saved: Saved) -> None:
         f"{what}.{name}": tensor for name, found in saved.parameters.items() for what, tensor in found.items()
     }
     tensors |= {f"extra.{name}": tensor for name, tensor in saved.extra.items()}
-    aside = path.with_name(f".{path.name}")
     about = {
         "step": str(saved.step),
         "seconds": repr(saved.seconds),
         "about": json.dumps(saved.about, allow_nan=False),
     }
-    save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, aside, about)
-    aside.replace(path)
+    with replacing(path) as aside:
+        save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, aside, about)
 
 
 def gather(

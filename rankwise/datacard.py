@@ -9,7 +9,6 @@ from __future__ import annotations
 import html
 import importlib.metadata
 import json
-import os
 import re
 import unicodedata
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 import numpy as np
 
+from rankwise.aside import replacing
 from rankwise.data import Example, Prepared
 from rankwise.errors import RankwiseError
 
@@ -289,9 +289,5 @@ def _version() -> str:
 
 
 def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with replacing(path) as aside:
         write(aside)
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)

@@ -21,7 +21,7 @@ from rankwise.figures.rows import (
     RatePoint,
     SeriesPoint,
 )
-from rankwise.tables import Results, contrast_rows, margin
+from rankwise.tables import Results, contrast_rows, differences, margin
 
 SAME = 1.05
 """Arms of one budget differ by what whole ranks leave over; within 5 % their parameters count as equal."""
@@ -36,8 +36,10 @@ def t_interval(values: Sequence[float], level: float = 0.95) -> Interval:
     from scipy.stats import t  # here: reading a plan's cells needs no scipy
 
     mean, error = statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
-    half = float(t.ppf(0.5 + level / 2, len(values) - 1)) * error
-    return mean - half, mean + half
+    if error == 0:  # scipy has no interval of width 0
+        return mean, mean
+    low, high = t.interval(level, len(values) - 1, mean, error)
+    return float(low), float(high)
 
 
 def _range(values: Sequence[float]) -> Interval:
@@ -130,12 +132,11 @@ def baseline_differences(results: Results) -> list[Difference]:
     baseline = results.config.baseline
     if baseline is None:
         raise RankwiseError("the study names no baseline, so there are no differences to it.")
-    against, band, found = results.losses(baseline), margin(results), []
+    band, found = margin(results), []
     for arm in results.config.arms:
         if arm == baseline:
             continue
-        own = results.losses(arm)
-        values = [own[seed] - against[seed] for seed in sorted(own.keys() & against.keys())]
+        values = differences(results, arm, baseline)
         paired = stats.paired(values) if len(values) > 1 else None
         failed = sum(r["status"] == "failed" for r in results.of(arm).values())
         words = f"{failed} run{'s' * (failed > 1)} failed" if failed else "not declared"

@@ -95,9 +95,16 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def reset_peak_memory(device: str) -> None:
-    """Start a new peak: the process's own (where Linux allows it) and the device's."""
+    """Start a new peak: the process's own (where Linux allows it) and the device's.
+
+    What `keep_freed_memory` has kept goes back first, else a peak would be that of any run before it.
+    """
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    except (OSError, AttributeError):
+        pass  # not glibc
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

@@ -161,17 +161,7 @@ def plan_from_source(
         accept_unreachable=accept_unreachable,
     )  # fmt: skip
     kind = request.kind()
-    if budget is not None:
-        if match == "none":
-            raise RankwiseError(
-                f"--match none keeps the formula's own ranks, so --budget {budget} would be ignored; "
-                "leave one of them out."
-            )
-        check_form(budget)
-    if data is not None and not request.reads_rows():
-        raise RankwiseError(
-            f"Strategy {strategy} looks at no data, so --data {data} would be ignored; leave it out."
-        )
+    _refuse_ignored(request, data)
     read = needed_rows(request, data, sets)
     # Here, so that a mistyped argument is told at once: these load PyTorch.
     from rankwise import machine, models
@@ -189,6 +179,21 @@ def plan_from_source(
         engine=proof.choose, fingerprint=f"{base.fingerprint} {dtype} {device} {threads}",
     )  # fmt: skip
     return replace(found, notices=(*base.notices, *found.notices))
+
+
+def _refuse_ignored(request: Request, data: str | None) -> None:
+    """Refuse what a person gave on the command line and what would have no effect."""
+    if request.budget is not None:
+        if request.match == "none":
+            raise RankwiseError(
+                f"--match none keeps the formula's own ranks, so --budget {request.budget} would be ignored; "
+                "leave one of them out."
+            )
+        check_form(request.budget)
+    if data is not None and not request.reads_rows():
+        raise RankwiseError(
+            f"Strategy {request.strategy} looks at no data, so --data {data} would be ignored; leave it out."
+        )
 
 
 def _of_user(

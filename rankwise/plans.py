@@ -7,7 +7,7 @@ obeys. Reading or writing one needs neither torch nor PEFT.
 from __future__ import annotations
 
 import json
-import os
+import math
 import re
 from collections import Counter
 from pathlib import Path
@@ -18,6 +18,7 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
+from rankwise.aside import replacing
 from rankwise.config import Frozen, ScaleRule, Targets
 from rankwise.errors import RankwiseError, visible
 
@@ -136,16 +137,16 @@ class RankPlan(Frozen):
         from peft import LoraConfig  # here, so that reading a plan does not load torch
 
         common = Counter(self.ranks[module.name] for module in used).most_common(1)[0][0]
-        alphas = {module.name: _whole(self.scale.alpha(self.ranks[module.name])) for module in used}
-        alpha = _whole(self.scale.alpha(common))
+        alphas = {module.name: whole_alpha(self.scale.alpha(self.ranks[module.name])) for module in used}
+        alpha = whole_alpha(self.scale.alpha(common))
         fields: dict[str, Any] = {
             "task_type": "CAUSAL_LM",
             "r": common,
             "lora_alpha": alpha,
             "lora_dropout": dropout,
             "target_modules": list(alphas),
-            "rank_pattern": {_key(n): self.ranks[n] for n in alphas if self.ranks[n] != common},
-            "alpha_pattern": {_key(n): value for n, value in alphas.items() if value != alpha},
+            "rank_pattern": {pattern_key(n): self.ranks[n] for n in alphas if self.ranks[n] != common},
+            "alpha_pattern": {pattern_key(n): value for n, value in alphas.items() if value != alpha},
             "fan_in_fan_out": all(module.conv1d for module in used),
         }
         if self.exclude:
@@ -164,12 +165,10 @@ class RankPlan(Frozen):
             RankwiseError: the file cannot be written there.
         """
         path = Path(path)
-        aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
-            aside.write_text(self.to_json(), encoding="utf-8")
-            aside.replace(path)
+            with replacing(path) as aside:
+                aside.write_text(self.to_json(), encoding="utf-8")
         except OSError as error:
-            aside.unlink(missing_ok=True)
             raise RankwiseError(f"The plan cannot be written to {path}: {error.strerror or error}.") from None
         return path
 
@@ -241,13 +240,17 @@ def short(count: int) -> str:
     return f"{count / 1e3:.1f}k" if count < 999_950 else f"{count / 1e6:.2f}M"
 
 
-def _key(name: str) -> str:
+def pattern_key(name: str) -> str:
+    r"""Return the key of `rank_pattern` and `alpha_pattern` that fits this module alone.
+
+    PEFT matches a key as `(.*\.)?(key)$`: unanchored, `h.1` would also be the end of another name.
+    """
     return "^" + re.escape(name)
 
 
-def _whole(alpha: float) -> int | float:
-    # Other programs read lora_alpha as an integer, so 16.0 is written as 16 wherever that is exact.
-    return int(alpha) if float(alpha).is_integer() else alpha
+def whole_alpha(alpha: float) -> int | float:
+    """Return an alpha as an integer where it is one (to rounding), as other programs read it."""
+    return round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha
 
 
 def _read(path: Path) -> dict[str, Any]:

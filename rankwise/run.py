@@ -252,11 +252,11 @@ def _train_and_score(
         parts["trainable"] = adapters.trainable_parameters(adapted)
     if outcome.details:
         write_json(staged / "method.json", outcome.details)
-    probed = [one.summary() for one in evidence.values()]
+    summaries = [one.summary() for one in evidence.values()]
     return parts | {
         "trained": outcome.trained,
         "most_trainable": outcome.trained_parameters,
-        "probes": probed,
+        "probes": summaries,
     }
 
 

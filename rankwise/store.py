@@ -13,12 +13,13 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
+from rankwise.aside import replacing
 from rankwise.errors import RankwiseError
 
 FORMAT = 1
@@ -203,13 +204,9 @@ def read_json(path: Path, keys: tuple[str, ...], remedy: str) -> dict[str, Any]:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically: a reader sees the old file or the new one, never a part."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        aside.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
-        aside.replace(path)
+        with replacing(path) as aside:
+            aside.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
     except OSError as error:
         error.filename = str(path)  # a full disk has no name of its own
         raise
-    finally:
-        with suppress(OSError):  # on a read-only disk even the removal of what is not there fails
-            aside.unlink(missing_ok=True)

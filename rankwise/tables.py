@@ -198,14 +198,15 @@ def contrast_rows(results: Results) -> list[ContrastRow]:
     return [_contrast_row(results, pair, compared[pair], adjusted.get(pair)) for pair in pairs]
 
 
-def _differences(results: Results, arm: str, against: str) -> list[float]:
+def differences(results: Results, arm: str, against: str) -> list[float]:
+    """Return the arm's primary metric minus the other's, for the seeds that both have finished."""
     a, b = results.losses(arm), results.losses(against)
     return [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
 
 
 def _compare(results: Results, arm: str, against: str, contrasts: int) -> stats.Paired | None:
-    differences = _differences(results, arm, against)
-    return stats.paired(differences, contrasts=contrasts) if len(differences) > 1 else None
+    found = differences(results, arm, against)
+    return stats.paired(found, contrasts=contrasts) if len(found) > 1 else None
 
 
 def margin(results: Results) -> float | None:
@@ -243,7 +244,7 @@ def _contrast_row(
 
 def _equivalent(results: Results, pair: tuple[str, str], band: float) -> bool:
     """Whether TOST says so, at 5 % over all declared contrasts (Bonferroni)."""
-    return stats.equivalent(_differences(results, *pair), band, alpha=0.05 / len(results.config.pairs()))
+    return stats.equivalent(differences(results, *pair), band, alpha=0.05 / len(results.config.pairs()))
 
 
 def _seeds(count: int) -> str:

@@ -127,10 +127,13 @@ def train_adapters(
             saved = time.perf_counter()
             keep.save(step + 1, spent + saved - begun)
     log.close()
-    rows = [row for step in steps[:stop] for row in step]
+    return _trained(steps[:stop], spent + time.perf_counter() - begun, log.last)
+
+
+def _trained(steps: Sequence[Sequence[Example]], seconds: float, last: dict[str, Any] | None) -> Trained:
+    rows = [row for step in steps for row in step]
     tokens = sum(len(row.input_ids) for row in rows)
-    seconds = spent + time.perf_counter() - begun
-    return Trained(stop, tokens, label_count(rows), seconds, log.last["loss"] if log.last else math.nan)
+    return Trained(len(steps), tokens, label_count(rows), seconds, last["loss"] if last else math.nan)
 
 
 def _adamw(

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "rankwise"
 ORDER = """
-    errors config seeds stats resampling power ladder selection store tables figures figuretables budget
+    errors aside config seeds stats resampling power ladder selection store tables figures figuretables budget
     plans evidence inventory strategies cached
     package_index downloads sources studyfaults studyfile machine models rows data datacard studydata
     lowrank adapters engine checkpoint train evaluate probes methods run grid speed execution observer study

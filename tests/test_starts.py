@@ -164,8 +164,8 @@ def test_adalora_refuses_a_start_that_it_would_not_use(study_dict: dict, workdir
 def test_a_probe_that_overflows_fails_its_run_and_not_the_study(
     study, workdir: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    def overflowing(model, modules, rows, **settings):
-        values = {m.name: np.float32(np.inf) * np.ones((), np.float32) for m in modules}
+    def overflowing(setting):
+        values = {m.name: np.float32(np.inf) * np.ones((), np.float32) for m in setting.inventory}
         return Evidence("fisher", {"mean_square": values})
 
     monkeypatch.setattr("rankwise.probes.squares.measure_fisher", overflowing)

@@ -29,6 +29,7 @@ from safetensors.torch import save_file
 
 from rankwise.errors import RankwiseError
 from rankwise.export.declared import Declared, read_config, read_declared
+from rankwise.plans import pattern_key, whole_alpha
 
 PREFIX = "base_model.model."
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -192,15 +193,15 @@ def config_for(adapter: Adapter, updates: Sequence[Update]) -> dict[str, Any]:
     """Return the configuration under which plain PEFT gives each update its rank and its scale."""
     every = [*updates, *adapter.embeddings]
     ranks = {update.name: update.rank for update in every}
-    alphas = {update.name: _whole(update.scale * update.rank) for update in every}
+    alphas = {update.name: whole_alpha(update.scale * update.rank) for update in every}
     # the most frequent pair leaves the fewest patterns
     (rank, alpha), _ = Counter((ranks[name], alphas[name]) for name in ranks).most_common(1)[0]
     config = {
         **adapter.config,
         "r": rank,
         "lora_alpha": alpha,
-        "rank_pattern": {_anchored(n): value for n, value in ranks.items() if value != rank},
-        "alpha_pattern": {_anchored(n): value for n, value in alphas.items() if value != alpha},
+        "rank_pattern": {pattern_key(n): value for n, value in ranks.items() if value != rank},
+        "alpha_pattern": {pattern_key(n): value for n, value in alphas.items() if value != alpha},
         "use_rslora": False,
         "init_lora_weights": True,  # a start of its own ("eva", "orthogonal") may refuse the new rank
     }
@@ -342,16 +343,6 @@ def _mismatched(updates: Sequence[Update]) -> list[str]:
 
 
 # --- writing ---------------------------------------------------------------------------------------
-
-
-def _anchored(name: str) -> str:
-    # PEFT matches `(.*\.)?(key)$`: unanchored, `h.1` would also be the end of another name
-    return "^" + re.escape(name)
-
-
-def _whole(alpha: float) -> int | float:
-    # other programs read lora_alpha as an integer
-    return round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha
 
 
 def _exclusions(adapter: Adapter, kept: set[str]) -> str | list[str] | None:

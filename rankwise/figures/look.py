@@ -7,7 +7,6 @@ colour differ in the marker, and no marker is used twice, so that pictures can b
 
 from __future__ import annotations
 
-import os
 import textwrap
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,6 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
 
+from rankwise.aside import replacing
 from rankwise.errors import RankwiseError, one_of, visible
 
 P = ParamSpec("P")
@@ -229,16 +229,13 @@ METADATA: dict[str, dict[str, None]] = {
 
 
 def _save(figure: Figure, path: Path, format: str) -> Path:
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with style(), warnings.catch_warnings(), matplotlib.rc_context({"svg.hashsalt": path.stem}):
         warnings.filterwarnings("ignore", message=".*[Gg]lyph.*")  # told in the docstring of `save`
         try:
-            figure.savefig(aside, format=format, metadata=METADATA[format])
-            aside.replace(path)
+            with replacing(path) as aside:
+                figure.savefig(aside, format=format, metadata=METADATA[format])
         except OSError as error:
             raise RankwiseError(
                 f"The figure cannot be written to {path}: {error.strerror or error}."
             ) from None
-        finally:
-            aside.unlink(missing_ok=True)
     return path

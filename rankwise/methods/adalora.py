@@ -31,13 +31,12 @@ from peft import AdaLoraConfig, get_peft_model
 
 from rankwise import adapters, checkpoint
 from rankwise.adapters import ADAPTER
-from rankwise.engine.batches import label_count
 from rankwise.errors import RankwiseError
 from rankwise.lowrank import truncate
 from rankwise.methods.session import Outcome, Session, adapted, ready, replanned
 from rankwise.plans import RankPlan
 from rankwise.seeds import generator
-from rankwise.train import CHECKPOINT, Trained, train_adapters
+from rankwise.train import CHECKPOINT, Trained
 
 BETA = 0.85
 """Of both moving averages: the paper's, and PEFT's default."""
@@ -125,12 +124,12 @@ def adalora(session: Session) -> Iterator[tuple[Any, Outcome]]:
         most = adapters.trainable_parameters(tuned)
         trained, pattern, masked = _train(session, tuned)
         unfused = len(session.engine.unfused)
-        before = _last_loss(session, tuned)
+        before = session.loss(tuned, len(session.steps))
     plan, updates = _converted(session.plan, layers, pattern)
     with adapted(session, plan) as model:
         _load(model, plan, updates)
         _prove_updates(model, layers, plan)
-        after = _last_loss(session, model)
+        after = session.loss(model, len(session.steps))
         _prove_loss(session, before, after)
         details = {
             "schedule": asdict(timing) | {"beta1": BETA, "beta2": BETA, "orth_reg_weight": ORTHOGONALITY},
@@ -224,21 +223,8 @@ def _train(session: Session, tuned: Any) -> tuple[Trained, Pattern, list[list[in
     saved = checkpoint.read(session.folder / CHECKPOINT)
     if saved is not None:
         drive.remember(saved.about)
-    trained = train_adapters(
-        tuned,
-        session.steps,
-        session.config,
-        rate=session.rate,
-        seed=session.seed,
-        folder=session.folder,
-        engine=session.engine,
-        checkpoint_seconds=session.checkpoint_seconds,
-        on_step=session.on_step,
-        after_step=drive.after_step,
-        penalty=orthogonality,
-        b_ratio=session.b_ratio,
-        extra=drive.tensors,
-        about=drive.about,
+    trained = session.train(
+        tuned, after_step=drive.after_step, penalty=orthogonality, extra=drive.tensors, about=drive.about
     )
     return trained, drive.about["rank_pattern"], drive.about["masked"]
 
@@ -353,22 +339,6 @@ def _prove_loss(session: Session, before: float, after: float) -> None:
     whole = all(p.dtype == torch.float32 for p in session.model.parameters() if p.is_floating_point())
     if whole and not abs(after - before) <= SAME * max(1.0, abs(before)):
         raise RankwiseError(f"The loss was {before} as AdaLoRA and is {after} as plain LoRA.")
-
-
-@torch.no_grad()
-def _last_loss(session: Session, model: Any) -> float:
-    """Return the mean loss per label token on the last step's rows, in nats, without dropout.
-
-    Raises:
-        FloatingPointError: it is not finite: the last step went too far, and the run has failed.
-    """
-    rows, engine = session.steps[-1], session.engine
-    model.eval()
-    batches = engine.batches(rows, session.config.micro_tokens)
-    loss = sum(float(engine.score(model, batch).nll.sum()) for batch in batches) / label_count(rows)
-    if not math.isfinite(loss):
-        raise FloatingPointError(f"the loss after the last step is {loss}")
-    return loss
 
 
 def _spread(plan: RankPlan) -> dict[str, Any]:

@@ -19,11 +19,10 @@ import torch
 from rankwise import checkpoint
 from rankwise.adapters import adapter_tensors
 from rankwise.checkpoint import Saved
-from rankwise.evaluate import evaluate
 from rankwise.methods.resize import factors, resize
 from rankwise.methods.session import Outcome, Session, adapted, replanned
 from rankwise.plans import PlanModule, RankPlan
-from rankwise.train import CHECKPOINT, Trained, train_adapters
+from rankwise.train import CHECKPOINT, Trained
 
 
 @dataclass(frozen=True)
@@ -74,25 +73,12 @@ def in_segments(
         passed = {move["step"] for move in about["moves"]}
         boundary = next((step for step in boundaries if step not in passed), None)
         with adapted(session, plan) as model:
-            trained = train_adapters(
-                model,
-                session.steps,
-                session.config,
-                rate=session.rate,
-                seed=session.seed,
-                folder=session.folder,
-                engine=session.engine,
-                checkpoint_seconds=session.checkpoint_seconds,
-                on_step=session.on_step,
-                until=boundary,
-                b_ratio=session.b_ratio,
-                about=about,
-            )
+            trained = session.train(model, until=boundary, about=about)
             if boundary is None:
                 yield model, _outcome(start, plan, about["moves"], trained)
                 return
             began = time.perf_counter()
-            loss = _loss(session, model, boundary)
+            loss = session.loss(model, boundary)
         _cross(session, plan, decide, loss, began)
 
 
@@ -165,18 +151,11 @@ def _loss_of(session: Session, plan: RankPlan, saved: Saved) -> float:
     """Return the loss of a state that no model holds yet."""
     if not plan.parameters:  # PEFT builds no adapter of no module
         with session.engine.installed(session.model):
-            return _loss(session, session.model, saved.step)
+            return session.loss(session.model, saved.step)
     with adapted(session, plan) as model:
         for name, parameter in adapter_tensors(model).items():
             parameter.copy_(saved.parameters[name]["value"])
-        return _loss(session, model, saved.step)
-
-
-def _loss(session: Session, model: Any, step: int) -> float:
-    """Return the mean loss per label token on the rows of the last of `step` steps."""
-    rows, config = session.steps[step - 1], session.config
-    scored = evaluate(model, rows, micro_tokens=config.micro_tokens, engine=session.engine)
-    return float(scored.metrics["loss"])
+        return session.loss(model, saved.step)
 
 
 def _outcome(

@@ -14,9 +14,10 @@ from rankwise import adapters
 from rankwise.config import TrainConfig
 from rankwise.data import Example
 from rankwise.engine.paths import Path as EnginePath
+from rankwise.evaluate import evaluate
 from rankwise.inventory import Inventory
 from rankwise.plans import RankPlan
-from rankwise.train import Trained
+from rankwise.train import Trained, train_adapters
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,25 @@ class Session:
     b_ratio: float = 1.0
     checkpoint_seconds: float = 30.0
     on_step: Callable[[dict[str, Any]], None] = lambda entry: None
+
+    def train(self, model: Any, **more: Any) -> Trained:
+        """Train an adapted model, ready on the session's engine; `more` goes to `train_adapters`."""
+        return train_adapters(
+            model, self.steps, self.config, rate=self.rate, seed=self.seed, folder=self.folder,
+            engine=self.engine, checkpoint_seconds=self.checkpoint_seconds, on_step=self.on_step,
+            b_ratio=self.b_ratio, **more,
+        )  # fmt: skip
+
+    def loss(self, model: Any, step: int) -> float:
+        """Return the mean loss per label token on the rows of the last of `step` steps, without dropout.
+
+        Raises:
+            FloatingPointError: it is not finite.
+
+        Cost: a forward pass over those rows; nothing is learned.
+        """
+        rows, micro_tokens = self.steps[step - 1], self.config.micro_tokens
+        return float(evaluate(model, rows, micro_tokens=micro_tokens, engine=self.engine).metrics["loss"])
 
 
 @dataclass(frozen=True)

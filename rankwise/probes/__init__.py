@@ -15,6 +15,7 @@ from rankwise.errors import RankwiseError, one_of
 from rankwise.evidence import Evidence, Kind, Unmeasurable
 from rankwise.inventory import Inventory
 from rankwise.probes import cache
+from rankwise.probes.watch import Setting
 
 MEASURES: dict[Kind, tuple[str, str]] = {
     "gradients": ("gradients", "measure_gradients"),
@@ -24,8 +25,7 @@ MEASURES: dict[Kind, tuple[str, str]] = {
     "weights": ("weights", "measure_weights"),
     "outputs": ("outputs", "measure_outputs"),
 }
-"""Kind -> file here and function `(model, inventory, rows, *, engine, micro_tokens, seed, options,
-on_progress) -> Evidence`; loaded when it is wanted."""
+"""Kind -> file here and function `(watch.Setting) -> Evidence`; loaded when it is wanted."""
 
 WITHOUT_ROWS = {"weights"}
 WITHOUT_DRAWS = {"importance", "fisher", "inputs"}
@@ -76,9 +76,8 @@ def evidence(
         file, name = MEASURES[kind]
         function = getattr(importlib.import_module(f"rankwise.probes.{file}"), name)
         found: Evidence = function(
-            model, inventory, rows, engine=engine, micro_tokens=micro_tokens, seed=seed, options=chosen,
-            on_progress=on_progress,
-        )  # fmt: skip
+            Setting(model, inventory, rows, engine, micro_tokens, seed, chosen, on_progress)
+        )
         for quantity, by_module in found.values.items():
             bad = next((name for name, array in by_module.items() if not np.isfinite(array).all()), None)
             if bad is not None:

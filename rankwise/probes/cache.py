@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +14,7 @@ from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from rankwise.aside import replacing
 from rankwise.cached import cache_dir, disk_faults
 from rankwise.data import Example
 from rankwise.evidence import QUANTITIES, Cost, Evidence, Kind
@@ -101,12 +101,8 @@ def _write(path: Path, evidence: Evidence) -> None:
         "about": json.dumps(dict(evidence.about), default=str),
         "sha256": _arrays_digest(arrays),
     }
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with replacing(path) as aside:
         save_file(arrays, aside, about)
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def _arrays_digest(arrays: Mapping[str, np.ndarray]) -> str:

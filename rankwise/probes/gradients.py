@@ -18,12 +18,11 @@ import torch
 
 from rankwise.data import Example
 from rankwise.engine.batches import label_count
-from rankwise.engine.paths import Path as EnginePath
 from rankwise.errors import RankwiseError, one_of
 from rankwise.evidence import Cost, Evidence, Kind
 from rankwise.inventory import Inventory, Module
 from rankwise.probes.spectra import CO_RANGE, RANGE, Spectrum, gaussian, sketched_spectrum, spectrum
-from rankwise.probes.watch import labelled, still, sweep, token_count, watching
+from rankwise.probes.watch import Setting, labelled, still, sweep, token_count, watching
 
 ONE_PASS = 512 << 20
 """Bytes of fp32 gradients that are held at once rather than measured in several passes."""
@@ -39,30 +38,7 @@ Numbers = dict[str, torch.Tensor]
 """Quantity -> value of one module."""
 
 
-@dataclass(frozen=True)
-class Setting:
-    """What a gradient probe is given (see `probes.evidence`)."""
-
-    model: Any
-    inventory: Inventory
-    rows: Sequence[Example]
-    engine: EnginePath
-    micro_tokens: int
-    seed: int
-    on_progress: Callable[[int, int], None]
-
-
-def measure_gradients(
-    model: Any,
-    inventory: Inventory,
-    rows: Sequence[Example],
-    *,
-    engine: EnginePath,
-    micro_tokens: int,
-    seed: int,
-    options: Mapping[str, Any],
-    on_progress: Callable[[int, int], None],
-) -> Evidence:
+def measure_gradients(setting: Setting) -> Evidence:
     """Return singular values, right singular vectors and Frobenius norm of every module's G.
 
     Options:
@@ -76,45 +52,34 @@ def measure_gradients(
     Cost: a forward and a backward pass and 2·N·in·out operations per module for "exact", times the number
     of groups of modules (the backward only down to the group); 2·N·(in + out)·(k + l) for "sketch".
     """
-    setting = Setting(model, inventory, rows, engine, micro_tokens, seed, on_progress)
-    method, allowance = _options(options, METHODS, inventory)
+    method, allowance = _options(setting, METHODS)
+    passes = groups(setting.inventory, allowance)
     if method == "auto":
-        method = "exact" if len(groups(inventory, allowance)) == 1 else "sketch"
+        method = "exact" if len(passes) == 1 else "sketch"
     if method == "sketch":
-        return _measure(setting, "gradients", method, [inventory.modules], Sketches(seed))
+        return _measure(setting, "gradients", method, [setting.inventory.modules], Sketches(setting.seed))
 
     def reduce(module: Module, gradient: torch.Tensor) -> Numbers:
-        return _numbers(spectrum(gradient, seed))
+        return _numbers(spectrum(gradient, setting.seed))
 
-    return _measure(setting, "gradients", method, groups(inventory, allowance), Sums(reduce))
+    return _measure(setting, "gradients", method, passes, Sums(reduce))
 
 
-def measure_importance(
-    model: Any,
-    inventory: Inventory,
-    rows: Sequence[Example],
-    *,
-    engine: EnginePath,
-    micro_tokens: int,
-    seed: int,
-    options: Mapping[str, Any],
-    on_progress: Callable[[int, int], None],
-) -> Evidence:
+def measure_importance(setting: Setting) -> Evidence:
     """Return mean|W * G| of every module (GoRA, arXiv 2502.12171), always exact; see `measure_gradients`.
 
     Raises:
         RankwiseError: as there; or a module's weight is not plain numbers (quantised).
     """
-    for module in inventory:
-        _refuse_packed_weight(module, model.get_submodule(module.name))
-    _, allowance = _options(options, ("auto", "exact"), inventory)
+    for module in setting.inventory:
+        _refuse_packed_weight(module, setting.model.get_submodule(module.name))
+    _, allowance = _options(setting, ("auto", "exact"))
 
     def reduce(module: Module, gradient: torch.Tensor) -> Numbers:
-        weight = model.get_submodule(module.name).weight.detach()
+        weight = setting.model.get_submodule(module.name).weight.detach()
         return {"mean_absolute": gradient.mul_(weight.t() if module.conv1d else weight).abs_().mean()}
 
-    setting = Setting(model, inventory, rows, engine, micro_tokens, seed, on_progress)
-    return _measure(setting, "importance", "exact", groups(inventory, allowance), Sums(reduce))
+    return _measure(setting, "importance", "exact", groups(setting.inventory, allowance), Sums(reduce))
 
 
 def _refuse_packed_weight(module: Module, layer: Any) -> None:
@@ -128,8 +93,9 @@ def _refuse_packed_weight(module: Module, layer: Any) -> None:
         )
 
 
-def _options(options: Mapping[str, Any], methods: Sequence[str], inventory: Inventory) -> tuple[str, int]:
+def _options(setting: Setting, methods: Sequence[str]) -> tuple[str, int]:
     """Return (method, bytes of gradients held at once), checked."""
+    options = setting.options
     if unknown := set(options) - {"method", "allowance"}:
         raise RankwiseError(
             f"Gradient probes take the options method and allowance; got {', '.join(sorted(unknown))}."
@@ -137,7 +103,7 @@ def _options(options: Mapping[str, Any], methods: Sequence[str], inventory: Inve
     method = options.get("method", "auto")
     if method not in methods:
         raise RankwiseError(one_of("method", method, methods))
-    whole = sum(_bytes(module) for module in inventory)
+    whole = sum(_bytes(module) for module in setting.inventory)
     allowance = options.get("allowance", ONE_PASS if whole <= ONE_PASS else GROUP)
     if isinstance(allowance, bool) or not isinstance(allowance, int) or allowance < 1:
         raise RankwiseError(

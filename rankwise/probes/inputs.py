@@ -21,12 +21,11 @@ from rankwise.budget import solve_gains
 from rankwise.data import Example
 from rankwise.engine import plain
 from rankwise.engine.lora import same_input_groups
-from rankwise.engine.paths import Path as EnginePath
 from rankwise.engine.paths import Plain
 from rankwise.errors import RankwiseError
 from rankwise.evidence import Cost, Evidence
 from rankwise.inventory import Inventory
-from rankwise.probes.watch import labelled, still, token_count
+from rankwise.probes.watch import Setting, labelled, still, token_count
 
 COMPONENTS = 64
 """Principal components of a module at most, unless the option says otherwise."""
@@ -38,17 +37,7 @@ Catch = Callable[[str, torch.Tensor], None]
 """Hears (module name, the module's input at label tokens (N, I)) of one call."""
 
 
-def measure_inputs(
-    model: Any,
-    inventory: Inventory,
-    rows: Sequence[Example],
-    *,
-    engine: EnginePath,
-    micro_tokens: int,
-    seed: int,
-    options: Mapping[str, Any],
-    on_progress: Callable[[int, int], None],
-) -> Evidence:
+def measure_inputs(setting: Setting) -> Evidence:
     """Return explained-variance ratios and principal components of the modules' inputs (EVA, 2410.07170).
 
     As PEFT's `get_eva_state_dict` does it: incremental PCA, micro-batch by micro-batch, over the tokens that
@@ -76,14 +65,14 @@ def measure_inputs(
     input: 41 s for 5,600 tokens, 64 components, SmolLM2-135M on two cores, most of it in the PCA.
     """
     started = time.perf_counter()
-    chosen = _options(options)
-    batches = Plain().batches(labelled(rows), micro_tokens)
+    chosen, model, inventory = _options(setting.options), setting.model, setting.inventory
+    batches = Plain().batches(labelled(setting.rows), setting.micro_tokens)
     limit = chosen["batches"] or (1 if chosen["rank"] is None else PASSES) * len(batches)
-    tokens = sum(int(np.count_nonzero(row.labels != plain.IGNORE)) for row in rows)
+    tokens = sum(int(np.count_nonzero(row.labels != plain.IGNORE)) for row in setting.rows)
     with still(model):
         groups = _groups(model, inventory, min(chosen["components"], tokens))
         in_turn = list(itertools.islice(itertools.cycle(batches), limit))
-        done = _fit(model, groups, in_turn, chosen, on_progress)
+        done = _fit(model, groups, in_turn, chosen, setting.on_progress)
     for group in groups:
         group.finish()
     unseen = [name for group in groups if not group.fitted for name in group.names]

@@ -19,14 +19,12 @@ import torch
 from rankwise import adapters
 from rankwise.config import ScaleRule, TrainConfig
 from rankwise.data import Example
-from rankwise.engine.paths import Path as EnginePath
 from rankwise.engine.paths import Plain
 from rankwise.errors import RankwiseError
 from rankwise.evidence import Cost, Evidence, Unmeasurable
-from rankwise.inventory import Inventory
 from rankwise.plans import RankPlan
 from rankwise.probes.inputs import pass_labels
-from rankwise.probes.watch import labelled, still, token_count
+from rankwise.probes.watch import Setting, labelled, still, token_count
 from rankwise.strategies import allocate
 from rankwise.train import Diverged, train_adapters
 
@@ -34,17 +32,7 @@ SCALE = 2.0
 """Of the brief adapter, whatever its rank."""
 
 
-def measure_outputs(
-    model: Any,
-    inventory: Inventory,
-    rows: Sequence[Example],
-    *,
-    engine: EnginePath,
-    micro_tokens: int,
-    seed: int,
-    options: Mapping[str, Any],
-    on_progress: Callable[[int, int], None],
-) -> Evidence:
+def measure_outputs(setting: Setting) -> Evidence:
     """Return the mean of ||s B A x||^2 over label tokens of every module, after a brief uniform training.
 
     Every `steps`-th row, starting from the i-th, forms step i: one pass over the rows in all (rows are used
@@ -64,8 +52,8 @@ def measure_outputs(
     Cost: a forward and a backward pass over the rows of the steps, and a forward pass over all rows.
     """
     started = time.perf_counter()
-    chosen = _options(options)
-    usable = labelled(rows)
+    chosen, model, engine = _options(setting.options), setting.model, setting.engine
+    usable = labelled(setting.rows)
     steps = [usable[i :: chosen["steps"]] or [usable[i % len(usable)]] for i in range(chosen["steps"])]
     trained = token_count(itertools.chain.from_iterable(steps))
     in_all = 3 * trained + token_count(usable)  # a backward pass counts twice
@@ -74,20 +62,20 @@ def measure_outputs(
     def tell(tokens: int) -> None:
         nonlocal seen
         seen += tokens
-        on_progress(seen, in_all)
+        setting.on_progress(seen, in_all)
 
     plan = allocate(
-        inventory, strategy="uniform", match="none", options={"base": chosen["rank"]},
+        setting.inventory, strategy="uniform", match="none", options={"base": chosen["rank"]},
         scale=ScaleRule(rule="constant", value=SCALE),
     )  # fmt: skip
     config = TrainConfig(
-        learning_rates=(chosen["rate"],), schedule="constant", warmup=0, micro_tokens=micro_tokens
+        learning_rates=(chosen["rate"],), schedule="constant", warmup=0, micro_tokens=setting.micro_tokens
     )
-    with still(model), _own_draws(model), _attached(model, plan, seed) as adapted:
+    with still(model), _own_draws(model), _attached(model, plan, setting.seed) as adapted:
         with tempfile.TemporaryDirectory() as folder, engine.installed(adapted), torch.enable_grad():
             try:
                 train_adapters(
-                    adapted, steps, config, rate=chosen["rate"], seed=seed, folder=Path(folder),
+                    adapted, steps, config, rate=chosen["rate"], seed=setting.seed, folder=Path(folder),
                     engine=engine, on_step=lambda entry: tell(3 * entry["tokens"]),
                 )  # fmt: skip
             except Diverged as error:
@@ -95,7 +83,7 @@ def measure_outputs(
                     f"The outputs probe's brief training diverged at {error}. Lower its option rate, "
                     f"{chosen['rate']:g}."
                 ) from None
-        values = _mean_squares(adapted, Plain().batches(usable, micro_tokens), tell)
+        values = _mean_squares(adapted, Plain().batches(usable, setting.micro_tokens), tell)
     cost = Cost(trained + token_count(usable), trained, 2, time.perf_counter() - started)
     return Evidence("outputs", {"mean_square": values}, cost, {**chosen, "scale": SCALE})
 

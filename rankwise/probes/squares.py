@@ -7,32 +7,19 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
 from rankwise.data import Example
 from rankwise.engine.batches import label_count
-from rankwise.engine.paths import Path as EnginePath
 from rankwise.errors import RankwiseError
 from rankwise.evidence import Cost, Evidence
-from rankwise.inventory import Inventory
 from rankwise.probes.gradients import by_quantity
-from rankwise.probes.watch import labelled, still, sweep, token_count, watching
+from rankwise.probes.watch import Setting, labelled, still, sweep, token_count, watching
 
 
-def measure_fisher(
-    model: Any,
-    inventory: Inventory,
-    rows: Sequence[Example],
-    *,
-    engine: EnginePath,
-    micro_tokens: int,
-    seed: int,
-    options: Mapping[str, Any],
-    on_progress: Callable[[int, int], None],
-) -> Evidence:
+def measure_fisher(setting: Setting) -> Evidence:
     """Return each module's mean squared gradient (of an example's mean loss), over examples and weights.
 
     Exact, one row at a time (`micro_tokens` does not matter); nothing is drawn (nor does `seed`).
@@ -42,10 +29,10 @@ def measure_fisher(
 
     Cost: a forward and a backward pass; for each module and row, the cheaper of N^2·(in + out) and N·in·out.
     """
-    if options:
-        raise RankwiseError(f"The fisher probe takes no options; got {', '.join(sorted(options))}.")
+    if setting.options:
+        raise RankwiseError(f"The fisher probe takes no options; got {', '.join(sorted(setting.options))}.")
     began = time.perf_counter()
-    rows = labelled(rows)
+    model, engine, rows = setting.model, setting.engine, labelled(setting.rows)
     tokens, done = token_count(rows), 0
     squares = _Squares()
 
@@ -53,16 +40,16 @@ def measure_fisher(
         nonlocal done
         squares.close()
         done += token_count(batch)
-        on_progress(done, tokens)
+        setting.on_progress(done, tokens)
 
     with still(model), engine.installed(model):
-        with watching(model, inventory.names, squares.add, squares.called):
+        with watching(model, setting.inventory.names, squares.add, squares.called):
             sweep(model, engine, [[row] for row in rows], [label_count([row]) for row in rows], on_batch)
     values = {
         m.name: {
             "mean_square": torch.tensor(squares.sums[m.name] / (len(rows) * m.in_features * m.out_features))
         }
-        for m in inventory
+        for m in setting.inventory
     }
     cost = Cost(tokens, tokens, 1, time.perf_counter() - began)
     about = {"rows": len(rows), "tokens": tokens, "label_tokens": label_count(rows)}

@@ -9,8 +9,9 @@ Shapes: N tokens of a micro-batch (a common beginning counts once on the packed 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,6 +23,33 @@ from rankwise.engine.paths import Path as EnginePath
 from rankwise.engine.plain import first_not_finite
 from rankwise.errors import RankwiseError
 from rankwise.evidence import Unmeasurable
+from rankwise.inventory import Inventory
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What every probe is given: the arguments of `probes.evidence` that are of its concern.
+
+    Attributes:
+        model: the base model, without adapters; left as it was.
+        inventory: the modules to measure.
+        rows: calibration rows.
+        engine: the way through the model, not installed.
+        micro_tokens: tokens computed at once.
+        seed: of random draws.
+        options: of the probe.
+        on_progress: hears (tokens done, tokens in all).
+    """
+
+    model: Any
+    inventory: Inventory
+    rows: Sequence[Example]
+    engine: EnginePath
+    micro_tokens: int
+    seed: int
+    options: Mapping[str, Any]
+    on_progress: Callable[[int, int], None]
+
 
 Catch = Callable[[str, torch.Tensor, torch.Tensor], None]
 """Hears (module name, input (N, in_features), gradient of the output (N, out_features)) of one call."""

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from peft.utils.integrations import dequantize_module_weight
 
-from rankwise.data import Example
-from rankwise.engine.paths import Path as EnginePath
 from rankwise.errors import RankwiseError
 from rankwise.evidence import Cost, Evidence
-from rankwise.inventory import Inventory, Module
+from rankwise.inventory import Module
 from rankwise.probes.spectra import LIMIT
+from rankwise.probes.watch import Setting
 from rankwise.seeds import derive
 
 EXACT_UP_TO = 1024
@@ -26,17 +24,7 @@ SKETCH, ITERATIONS = 4 * LIMIT, 8
 
 
 @torch.no_grad()
-def measure_weights(
-    model: Any,
-    inventory: Inventory,
-    rows: Sequence[Example],
-    *,
-    engine: EnginePath,
-    micro_tokens: int,
-    seed: int,
-    options: Mapping[str, Any],
-    on_progress: Callable[[int, int], None],
-) -> Evidence:
+def measure_weights(setting: Setting) -> Evidence:
     """Return the 64 largest singular values and the Frobenius norm of every frozen weight W (out, in).
 
     Exact up to a smaller side of 1,024; above, by a randomised SVD (Halko, Martinsson, Tropp 2011, arXiv
@@ -51,15 +39,16 @@ def measure_weights(
     Cost: per module out·in·min(out, in) multiplications in float64 where exact, else 18·out·in·256 in fp32;
     4 s for SmolLM2-135M on two cores. Memory: two copies of one weight, the second in float64.
     """
-    if options:
-        raise RankwiseError(f"The weights probe takes no options; got {', '.join(sorted(options))}.")
+    if setting.options:
+        raise RankwiseError(f"The weights probe takes no options; got {', '.join(sorted(setting.options))}.")
     started = time.perf_counter()
     values: dict[str, dict[str, np.ndarray]] = {"singular_values": {}, "norm": {}}
-    for done, module in enumerate(inventory, start=1):
-        weight = weight_of(model, module)
-        values["singular_values"][module.name] = _largest(weight, derive(seed, "weights", module.name))
+    for done, module in enumerate(setting.inventory, start=1):
+        weight = weight_of(setting.model, module)
+        draw = derive(setting.seed, "weights", module.name)
+        values["singular_values"][module.name] = _largest(weight, draw)
         values["norm"][module.name] = np.asarray(torch.linalg.vector_norm(weight).item(), np.float32)
-        on_progress(done, len(inventory))
+        setting.on_progress(done, len(setting.inventory))
     return Evidence("weights", values, Cost(seconds=time.perf_counter() - started), {})
 
 

@@ -162,20 +162,7 @@ def allocate(
     amount = _amount(strategy, kind, match, budget, study)
     needs = evidence_of(strategy, settings)
     values = _values(one, strategy, inventory, probe, needs, settings)
-    notices = list(inventory.notices)
-    if amount is None:
-        ranks = raw_ranks(values, inventory.max_ranks)
-        capped = sum(values[m.name] >= m.max_rank + 1 for m in inventory)
-        if capped:
-            notices.append(f"{capped} modules wanted more than their full rank and got that.")
-    elif kind == "gains":
-        longer = {name: _extended(values[name], inventory.max_ranks[name]) for name in values}
-        ranks = solve_gains(longer, inventory.costs, amount, inventory.max_ranks)
-        beyond = sum(rank > len(values[name]) for name, rank in ranks.items())
-        if beyond:
-            notices.append(f"{beyond} modules got more rank than was measured; gains then fall as 1/k.")
-    else:
-        ranks = solve_targets(values, inventory.costs, amount, inventory.max_ranks)
+    ranks, notices = _ranks(kind, values, inventory, amount)
     _refuse_empty(ranks, values, inventory, strategy, amount)
     return RankPlan(
         model=model,
@@ -194,7 +181,7 @@ def allocate(
             "architecture": inventory.architecture,
             "base_parameters": inventory.base_parameters,
             "unreachable_share": inventory.unreachable_share,
-            "notices": notices,
+            "notices": [*inventory.notices, *notices],
             **_account(kind, values, ranks, probe if needs else None),
         },
     )
@@ -213,6 +200,24 @@ def _values(
     if set(values) != set(inventory.names):
         raise RankwiseError(f"Strategy {strategy} must value exactly the modules of the inventory.")
     return {name: values[name] for name in inventory.names}
+
+
+def _ranks(
+    kind: str, values: Mapping[str, Any], inventory: Inventory, amount: int | None
+) -> tuple[dict[str, int], list[str]]:
+    """Return whole ranks, and what must be known of them."""
+    full = inventory.max_ranks
+    if amount is None:
+        capped = sum(values[name] >= limit + 1 for name, limit in full.items())
+        told = [f"{capped} modules wanted more than their full rank and got that."] if capped else []
+        return raw_ranks(values, full), told
+    if kind != "gains":
+        return solve_targets(values, inventory.costs, amount, full), []
+    longer = {name: _extended(gains, full[name]) for name, gains in values.items()}
+    ranks = solve_gains(longer, inventory.costs, amount, full)
+    beyond = sum(rank > len(values[name]) for name, rank in ranks.items())
+    told = [f"{beyond} modules got more rank than was measured; gains then fall as 1/k."] if beyond else []
+    return ranks, told
 
 
 def _extended(gains: Any, max_rank: int) -> np.ndarray:
