@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,16 @@ def save(adapted: PeftModel, folder: Path) -> int:
     # "auto" would ask a hub whether the base's vocabulary changed; it never does here
     adapted.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
     return sum(f.stat().st_size for f in folder.iterdir())
+
+
+@contextmanager
+def saved(base: Any, folder: Path) -> Iterator[PeftModel]:
+    """Yield the base with an adapter as it was saved, then take it off again."""
+    adapted = PeftModel.from_pretrained(base, str(folder))
+    try:
+        yield adapted
+    finally:
+        detach(adapted)
 
 
 def _factors(layer: LoraLayer) -> tuple[torch.Tensor, torch.Tensor]:

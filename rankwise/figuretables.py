@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections import defaultdict
@@ -18,13 +17,11 @@ from rankwise.figures.rows import (
     ExampleDifferences,
     HeatCell,
     LossPoint,
+    RankUse,
     RatePoint,
     SeriesPoint,
 )
-from rankwise.tables import Results, contrast_rows, differences, margin
-
-SAME = 1.05
-"""Arms of one budget differ by what whole ranks leave over; within 5 % their parameters count as equal."""
+from rankwise.tables import SAME, Results, contrast_rows, differences, margin
 
 Interval = tuple[float | None, float | None]
 
@@ -197,10 +194,7 @@ def curve_points(results: Results, arms: Sequence[str] | None = None, smooth: in
 
 
 def _step_losses(results: Results, run_id: str) -> dict[int, float]:
-    path = results.store.path(run_id) / "metrics.jsonl"
-    if not path.exists():
-        return {}
-    entries = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line)
+    entries = results.store.steps(run_id)
     return {entry["step"]: entry["loss"] for entry in entries if entry.get("loss") is not None}
 
 
@@ -239,6 +233,26 @@ def size_points(by_size: Mapping[int, Results]) -> list[SeriesPoint]:
             if losses:
                 mean, told = statistics.fmean(losses), (_group(results, arm), _variant(results, arm))
                 found.append(SeriesPoint(arm, config.strategy, rows, mean, *t_interval(losses), *told))
+    return found
+
+
+def use_rows(results: Results, arms: Sequence[str] | None = None) -> list[RankUse]:
+    """Return the stable rank of every module's update, the mean over the seeds that gave it the same rank.
+
+    Runs that were recorded before rank use was measured have none.
+    """
+    import pyarrow.parquet as pq
+
+    found = []
+    for arm in results.config.arms if arms is None else arms:
+        used: dict[tuple[str, int], list[float]] = defaultdict(list)
+        for record in results.of(arm).values():
+            path = results.store.path(record["run_id"]) / "rank_use.parquet"
+            if path.exists():
+                for row in pq.read_table(path, columns=["module", "rank", "stable_rank"]).to_pylist():
+                    used[row["module"], row["rank"]].append(row["stable_rank"])
+        strategy = strategy_of(results, arm)
+        found += [RankUse(arm, strategy, m, r, statistics.fmean(v)) for (m, r), v in used.items()]
     return found
 
 

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from rankwise import selection
-from rankwise.config import ArmConfig, StudyConfig
-from rankwise.run import Context, Role, RunConfig, needed
+from rankwise.config import ArmConfig, StudyConfig, digest
+from rankwise.run import needed
+from rankwise.runconfig import Context, Measured, Role, RunConfig
 from rankwise.store import Store
 from rankwise.studyfile import StudyFile
 
@@ -78,8 +79,21 @@ def run_config(study: Study, arm: str, role: Role, seed: int, rate: float) -> Ru
         threads=context.threads,
         engine=context.engine.name,
     )
-    looks = any(needed(run).values())
-    return run.model_copy(update={"calibration": config.data.calibration}) if looks else run
+    looks = {"calibration": config.data.calibration} if any(needed(run).values()) else {}
+    return run.model_copy(update={**looks, "measure": measured(study) if role == "reporting" else None})
+
+
+def measured(study: Study) -> Measured | None:
+    """Return what the untouched model and reporting runs are measured by beyond their loss."""
+    wanted, rows = study.config.measure, study.context.general
+    if not rows and not wanted.generate:
+        return None
+    names = {"rows": [row.row_hash for row in rows], "max_length": study.config.data.max_length}
+    return Measured(
+        general=digest(names) if rows else None,
+        generate=wanted.generate,
+        generate_tokens=wanted.generate_tokens if wanted.generate else 0,
+    )
 
 
 def untouched_run(study: Study) -> Planned:
@@ -98,6 +112,7 @@ def untouched_run(study: Study) -> Planned:
         dtype=context.dtype,
         threads=context.threads,
         engine=context.engine.name,
+        measure=measured(study),
     )
     return Planned("untouched", "untouched", 0, None, run)
 
@@ -129,7 +144,7 @@ def grid(study: Study) -> Grid:
                 choice["rate"],
                 run_config(study, arm, "reporting", seed, choice["rate"]),
             )
-            for seed in range(study.config.seeds.reporting)
+            for seed in study.config.seeds.reported
             for arm, choice in rates.items()
             if choice["rate"] is not None
         ]

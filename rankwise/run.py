@@ -7,94 +7,30 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
-from pydantic import Field
 
-from rankwise import adapters, machine, models, probes
-from rankwise.config import NUMERICS, Frozen, ScaleRule, StudyConfig, Targets, TrainConfig, digest
-from rankwise.data import Example, Prepared, training_rows
+from rankwise import adapters, generation, machine, probes, rankuse
+from rankwise.data import Example, training_rows
 from rankwise.engine.batches import optimizer_steps
-from rankwise.engine.paths import Path as EnginePath
 from rankwise.evaluate import Evaluation, evaluate
 from rankwise.evidence import Evidence, Kind, Unmeasurable, stand_in
 from rankwise.inventory import Inventory
 from rankwise.methods import method_of
 from rankwise.methods.session import Session
 from rankwise.plans import RankPlan
+from rankwise.runconfig import Context, RunConfig
 from rankwise.store import FORMAT, Store, write_json
 from rankwise.strategies import allocate, evidence_of, resolve
 from rankwise.train import Diverged, Trained
 
-Role = Literal["untouched", "tuning", "reporting"]
 TRAIN_COST = 3
 """Work of a trained token, in forward passes of one token: forward, and twice that backward."""
-
-
-class RunConfig(Frozen):
-    """Everything that decides a run's numbers. Its hash is the run's name.
-
-    `model` and `data` are fingerprints, so that equal bytes from different places are the same run.
-    """
-
-    role: Role
-    model: str
-    data: str
-    confirmatory: bool = False
-    train_rows: int = 0
-    study_targets: Targets = "all"
-    targets: Targets = "all"
-    strategy: str
-    options: dict[str, Any] = Field(default_factory=dict)
-    budget: str | int | None = None
-    match: Literal["budget", "none"] = "none"
-    scale: ScaleRule = ScaleRule()
-    init: Literal["default", "eva", "gradient"] = "default"
-    loraplus_lr_ratio: float = 1.0
-    calibration: int = 0
-    train: TrainConfig
-    device: str
-    dtype: str
-    threads: int
-    engine: str = "plain"
-    seed: int
-    numerics: int = NUMERICS
-
-    @property
-    def run_id(self) -> str:
-        """Return the first 16 hex digits of the SHA-256 of the canonical JSON."""
-        return digest(self.model_dump(mode="json"))
-
-
-@dataclass(frozen=True)
-class Context:
-    """What all runs of a process share: the loaded base model, the prepared data, the inventory."""
-
-    study: StudyConfig
-    base: models.Base
-    prepared: Prepared
-    inventory: Inventory
-    device: str
-    dtype: str
-    threads: int
-    engine: EnginePath
-
-    @property
-    def notices(self) -> list[str]:
-        """Return what a reader of results must know, of the model, its modules, the engine and the rows."""
-        engine = [] if self.engine.notice is None else [self.engine.notice]
-        if self.engine.name != "plain" and self.study.train.dropout:
-            engine.append("with dropout the adapters keep PEFT's own forward, which is slower")
-        return [*self.base.notices, *self.inventory.notices, *engine, *self.prepared.notices]
-
-    def test_rows(self, confirmatory: bool) -> tuple[Example, ...]:
-        """Return the rows that reporting runs are scored on; only a confirmatory study gets the reserved."""
-        return self.prepared.splits.reserved if confirmatory else self.prepared.splits.test
 
 
 def plan_for(
@@ -157,7 +93,7 @@ def probed(run: RunConfig) -> list[Kind]:
 
 def probe_work(run: RunConfig, context: Context) -> int:
     """Estimate one probe's work in forward passes of one token; none is spent where it is in the cache."""
-    return int(TRAIN_COST * _mean_tokens(context) * min(run.calibration, run.train_rows))
+    return int(TRAIN_COST * mean_tokens(context) * min(run.calibration, run.train_rows))
 
 
 @contextmanager
@@ -208,6 +144,7 @@ def execute(
         if run.role == "untouched":
             with context.engine.installed(context.base.model):
                 parts = _score(run, context, context.base.model, staged, on_work)
+            parts["metrics"] |= _answer(run, context, context.base.model, staged)
         else:
             parts = _train_and_score(run, context, folder, staged, checkpoint_seconds, on_work)
         parts["status"] = "done"
@@ -250,8 +187,12 @@ def _train_and_score(
         parts["unfused"] = len(context.engine.unfused)
         parts["adapter_bytes"] = adapters.save(adapted, staged / "adapter")
         parts["trainable"] = adapters.trainable_parameters(adapted)
+        parts["rank_use"] = _rank_use(adapted, staged)
     if outcome.details:
         write_json(staged / "method.json", outcome.details)
+    if run.measure is not None and run.measure.generate:
+        with adapters.saved(context.base.model, staged / "adapter") as adapted:  # as its user will load it
+            parts["metrics"] |= _answer(run, context, adapted, staged)
     summaries = [one.summary() for one in evidence.values()]
     return parts | {
         "trained": outcome.trained,
@@ -284,11 +225,12 @@ def session_for(
 def scored_splits(run: RunConfig, context: Context) -> dict[str, tuple[Example, ...]]:
     """Return the rows that a run of this role may see: tuning runs never touch the test rows."""
     test, validation = context.test_rows(run.confirmatory), context.prepared.splits.validation
-    return {
+    found = {
         "untouched": {"validation": validation, "test": test},
         "tuning": {"validation": validation},
         "reporting": {"test": test},
     }[run.role]
+    return found | ({"general": context.general} if run.measure is not None and run.measure.general else {})
 
 
 def _score(
@@ -306,6 +248,26 @@ def _score(
 
 def _write_examples(path: Path, result: Evaluation) -> None:
     pyarrow.parquet.write_table(pyarrow.table(result.examples), path)
+
+
+def _rank_use(adapted: Any, staged: Path) -> dict[str, float] | None:
+    """Write how much of its rank each module uses; return the summary."""
+    columns = rankuse.rank_use(adapted)
+    pyarrow.parquet.write_table(pyarrow.table(columns), staged / "rank_use.parquet")
+    return rankuse.summary(columns)
+
+
+def _answer(run: RunConfig, context: Context, model: Any, staged: Path) -> dict[str, float]:
+    """Answer the fixed rows and write each one's scores, never text; return the metrics that are wanted."""
+    if run.measure is None or not run.measure.generate:
+        return {}
+    rows = generation.askable(context.test_rows(run.confirmatory), run.measure.generate)
+    tokens, tokenizer = run.measure.generate_tokens, context.base.tokenizer
+    found = generation.answers(model, tokenizer, rows, tokens=tokens)
+    metrics, each = generation.quality(found, generation.references(tokenizer, rows, tokens=tokens))
+    columns = {"row_hash": [row.row_hash for row in rows], **each}
+    pyarrow.parquet.write_table(pyarrow.table(columns), staged / "answers.parquet")
+    return {f"generation_{name}": value for name, value in metrics.items()}
 
 
 def _write_record(
@@ -369,6 +331,7 @@ def _train_info(context: Context, parts: dict[str, Any]) -> dict[str, Any]:
         "most_trainable_params": parts["most_trainable"],
         "probes": parts["probes"],
         "unfused_modules": parts["unfused"],
+        "rank_use": parts["rank_use"],
     }
 
 
@@ -376,7 +339,7 @@ def work_of(run: RunConfig, context: Context) -> int:
     """Estimate a run's work in forward passes of one token, for the progress bar."""
     units = sum(len(row.input_ids) for rows in scored_splits(run, context).values() for row in rows)
     if run.role != "untouched":
-        mean = _mean_tokens(context)
+        mean = mean_tokens(context)
         rows = run.train_rows * run.train.epochs
         if run.train.max_steps is not None:
             a_step = run.train.step_examples or max(1, (run.train.step_tokens or 0) / max(mean, 1))
@@ -385,7 +348,8 @@ def work_of(run: RunConfig, context: Context) -> int:
     return units
 
 
-def _mean_tokens(context: Context) -> float:
+def mean_tokens(context: Context) -> float:
+    """Return the mean tokens of a row of the pool."""
     pool = context.prepared.splits.pool
     return sum(len(row.input_ids) for row in pool) / max(1, len(pool))
 

@@ -139,6 +139,17 @@ class Store:
         there = (self.path(run_id) / "plan.json").exists()
         return self._part(run_id, "plan.json", ("ranks",)) if there else None
 
+    def steps(self, run_id: str) -> list[dict[str, Any]]:
+        """Return a finished run's step log; empty where it has none."""
+        path = self.path(run_id) / "metrics.jsonl"
+        if not path.exists():
+            return []
+        try:
+            return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+        except ValueError as error:
+            remedy = f"Delete the folder {path.parent} to run it again."
+            raise RankwiseError(f"{path} cannot be read ({error}). {remedy}") from None
+
     def _part(self, run_id: str, name: str, keys: tuple[str, ...]) -> dict[str, Any]:
         folder = self.path(run_id)
         return read_json(folder / name, keys, f"Delete the folder {folder} to run it again.")

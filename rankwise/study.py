@@ -12,16 +12,17 @@ from typing import Any
 
 from filelock import FileLock
 
-from rankwise import execution, machine, models, sources
+from rankwise import execution, generation, machine, models, sources
 from rankwise.config import Fault, digest
 from rankwise.engine import proof
 from rankwise.errors import RankwiseError
 from rankwise.grid import FIRST_TUNING_SEED, Grid, Planned, Study, grid, run_config
 from rankwise.inventory import inventory
 from rankwise.observer import Observer
-from rankwise.run import Context, Role, execute, plan_for, work_of
+from rankwise.run import execute, plan_for, work_of
+from rankwise.runconfig import Context, Role
 from rankwise.store import Store, read_json, write_json
-from rankwise.studydata import prepare_data, read_data
+from rankwise.studydata import general_rows, prepare_data, read_data
 from rankwise.studyfaults import gather
 from rankwise.studyfile import read_study
 
@@ -54,9 +55,15 @@ def open_study(path: Path, results: Path, overrides: tuple[str, ...] = ()) -> St
     engine = proof.choose(base.model, config.train.engine)
     with file.at("data"):
         prepared = prepare_data(file, found, base.tokenizer)
-    context = Context(config, base, prepared, modules, device, dtype, threads, engine)
+    with file.at("measure", "general_text"):
+        general = general_rows(file, base.tokenizer)
+    context = Context(config, base, prepared, modules, device, dtype, threads, engine, general)
     study = execution.settled(Study(file, context, store))
     faults = plan_faults(study)
+    scored = context.test_rows(config.confirmatory)
+    if config.measure.generate and scored and not generation.askable(scored, 1):
+        rule = "measure.generate needs test rows with a prompt; these are plain text. Set it to 0."
+        faults.append(Fault(("measure", "generate"), rule))
     if config.confirmatory and not prepared.splits.reserved:
         faults.append(Fault(("confirmatory",), "there are no reserved rows to open; give data.reserved."))
     file.refuse(faults)

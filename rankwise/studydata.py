@@ -46,3 +46,24 @@ def prepare_data(file: StudyFile, found: StudyRows, tokenizer: PreTrainedTokeniz
         prompt=wanted.prompt,
         source=wanted.source,
     )
+
+
+def general_rows(file: StudyFile, tokenizer: PreTrainedTokenizerBase) -> tuple[data.Example, ...]:
+    """Return the general text on which forgetting is measured, as rows; none where the study asks for none.
+
+    The rows are the first by their hash, cut at `data.max_length`, the same for every arm and seed.
+
+    Raises:
+        RankwiseError: the source cannot be had or holds no usable row.
+    """
+    wanted = file.config.measure
+    if wanted.general_text is None:
+        return ()
+    found = sources.fetch(wanted.general_text, kind="data", relative_to=file.path.parent)
+    read = rows.read_rows(found.path)
+    first = sorted(read.rows, key=lambda row: row.hash)[: 2 * wanted.general_rows]  # some may be rejected
+    prepared = data.prepare(
+        rows.RowsRead(first, [], len(first)), tokenizer, train=1, validation=0, test=0, reserved=0,
+        max_length=file.config.data.max_length, prompt=file.config.data.prompt, source=wanted.general_text,
+    )  # fmt: skip
+    return prepared.splits.pool[: wanted.general_rows]

@@ -204,8 +204,11 @@ def yaml_value(what: str, text: str) -> Any:
 def _check_sources(tree: dict[str, Any], folder: Path, faults: list[Fault]) -> None:
     """Note sources of a form that is none; whether they can be had is seen when they are fetched."""
     data = tree.get("data")
+    measure = tree.get("measure")
     inner = data.get("source") if isinstance(data, dict) else None
-    for path, text in ((("model",), tree.get("model")), (("data", "source"), inner)):
+    general = measure.get("general_text") if isinstance(measure, dict) else None
+    named = {("model",): tree.get("model"), ("data", "source"): inner, ("measure", "general_text"): general}
+    for path, text in named.items():
         if isinstance(text, str):
             with gather(faults, *path):
                 parse(text, folder)

@@ -15,6 +15,12 @@ from rankwise.errors import RankwiseError
 from rankwise.power import design_answers
 from rankwise.store import Store, read_json
 
+SAME = 1.05
+"""Arms of one budget differ by what whole ranks leave over; within 5 % their parameters count as equal."""
+
+QUARTER = 4
+"""The training loss that an arm ends with is the mean over this share of its steps (a quarter)."""
+
 
 @dataclass(frozen=True)
 class ArmRow:
@@ -39,6 +45,12 @@ class ArmRow:
     bits_per_byte: float | None
     tokens_per_second: float | None
     peak_bytes: int | None
+    forgetting: float | None = None  # loss on general text, minus the untouched model's
+    rouge_l: float | None = None
+    chrf: float | None = None
+    rank_used: float | None = None  # share of the allotted units that hold 90 % of the update's energy
+    seconds_to_baseline: float | None = None  # of training, until its loss is what the baseline's ends with
+    adapter_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +81,7 @@ class Results:
                 f"{path} holds no sound study ({error.error_count()} faults). {remedy}"
             ) from None
         self.store = store
+        self._plans: dict[str, list[dict[str, Any]]] = {}
         self.records = {
             run["run_id"]: store.record(run["run_id"])
             for run in self.index["runs"]
@@ -87,6 +100,14 @@ class Results:
             s: r["train_info"]["metrics"][metric] for s, r in self.of(arm).items() if r["status"] == "done"
         }
 
+    def steps(self, arm: str) -> dict[int, list[dict[str, Any]]]:
+        """Return seed -> step log of the arm's runs that are done and have one."""
+        return {
+            seed: found
+            for seed, record in self.of(arm).items()
+            if record["status"] == "done" and (found := self.store.steps(record["run_id"]))
+        }
+
     def untouched(self) -> float | None:
         """Return the primary metric of the model without adapters."""
         record = self.of("untouched", "untouched").get(0)
@@ -96,14 +117,16 @@ class Results:
 
     def plans(self, arm: str) -> list[dict[str, Any]]:
         """Return the plans of the arm's finished runs; a seed may have its own."""
-        found = (self.store.plan(record["run_id"]) for record in self.of(arm).values())
-        return [plan for plan in found if plan is not None]
+        if arm not in self._plans:  # each is 80 kB of JSON, and a table asks several times
+            found = (self.store.plan(record["run_id"]) for record in self.of(arm).values())
+            self._plans[arm] = [plan for plan in found if plan is not None]
+        return self._plans[arm]
 
     def lost(self) -> int:
         """Count the failed reporting runs and hopeless arms; a rate that diverged in tuning is a finding."""
         roles = {r["run_id"]: r["role"] for r in self.index["runs"]}
         failed = [i for i, r in self.records.items() if r["status"] == "failed" and roles[i] != "tuning"]
-        return len(failed) + sum(_hopeless(choice) for choice in self.index["rates"].values())
+        return len(failed) + sum(hopeless(choice) for choice in self.index["rates"].values())
 
     def failures(self) -> list[str]:
         """Return one sentence for every failed run."""
@@ -152,7 +175,53 @@ def _arm_row(results: Results, arm: str) -> ArmRow:
         bits_per_byte=_mean([d["metrics"]["test_bits_per_byte"] for d in done]),
         tokens_per_second=_mean([d["tokens_per_second"] for d in done]),
         peak_bytes=max((d.get("device_peak_bytes", d["process_peak_bytes"]) for d in done), default=None),
+        forgetting=_forgetting(results, done),
+        rouge_l=_mean(_metric(done, "generation_rouge_l")),
+        chrf=_mean(_metric(done, "generation_chrf")),
+        rank_used=_mean([d["rank_use"]["units_share"] for d in done if d.get("rank_use")]),
+        seconds_to_baseline=_seconds_to_baseline(results, arm, baseline),
+        adapter_bytes=max((d["file_size"] for d in done), default=None),
     )
+
+
+def _metric(done: list[dict[str, Any]], name: str) -> list[float]:
+    return [d["metrics"][name] for d in done if name in d["metrics"]]
+
+
+def _forgetting(results: Results, done: list[dict[str, Any]]) -> float | None:
+    """Return how much more loss general text has than before training, in nats per token."""
+    untouched = results.of("untouched", "untouched").get(0)
+    before = _metric([untouched["train_info"]], "general_loss") if untouched else []
+    after = _metric(done, "general_loss")
+    return statistics.fmean(after) - before[0] if before and after else None
+
+
+def _seconds_to_baseline(results: Results, arm: str, baseline: str) -> float | None:
+    """Return the mean training time until the arm's loss is down to what the baseline's ends with.
+
+    Both are running means over a quarter of the steps, on the rows that a seed's arms share. None where no
+    seed has both, or where the arm does not get there in some seed: a mean without those would flatter it.
+    """
+    mine, theirs = results.steps(arm), results.steps(baseline)
+    times = []
+    for seed in mine.keys() & theirs.keys():
+        goal = _running(theirs[seed])[-1][1]
+        reached = [seconds for seconds, loss in _running(mine[seed]) if loss <= goal]
+        if not reached:
+            return None
+        times.append(reached[0])
+    return _mean(times)
+
+
+def _running(steps: list[dict[str, Any]]) -> list[tuple[float, float]]:
+    """Return (seconds so far, mean loss of the last quarter of the run's length) from when that is full."""
+    window = max(1, len(steps) // QUARTER)
+    losses, seconds, found = [s["loss"] for s in steps], 0.0, []
+    for place, step in enumerate(steps):
+        seconds += step["seconds"]
+        if place + 1 >= window:
+            found.append((seconds, statistics.fmean(losses[place + 1 - window : place + 1])))
+    return found
 
 
 def _more_trained(done: list[dict[str, Any]]) -> int | None:
@@ -224,11 +293,11 @@ def _contrast_row(
     band = margin(results)
     failed = any(r["status"] == "failed" for name in pair for r in results.of(name).values())
     complete = all(len(results.of(name)) == results.config.seeds.reporting for name in pair)
-    hopeless = [name for name in pair if _hopeless(results.index["rates"][name])]
+    lost = [name for name in pair if hopeless(results.index["rates"][name])]
     if failed:
         verdict = "no verdict: a run failed"
-    elif hopeless:
-        verdict = f"no verdict: every rate of {hopeless[0]} diverged"
+    elif lost:
+        verdict = f"no verdict: every rate of {lost[0]} diverged"
     elif not complete:
         verdict = "no verdict yet: runs are missing"
     elif results.config.seeds.reporting < SCREENING_BELOW or paired is None or p_holm is None:
@@ -272,7 +341,7 @@ def captions(results: Results) -> list[str]:
     ]
     lines += _probe_line(results)
     lines += [
-        f"{arm}: every rate diverged" for arm, choice in results.index["rates"].items() if _hopeless(choice)
+        f"{arm}: every rate diverged" for arm, choice in results.index["rates"].items() if hopeless(choice)
     ]
     return lines + results.failures() + results.index["resolved"]["notices"]
 
@@ -281,7 +350,8 @@ def _tuning_note(results: Results) -> str:
     return ", learning rates still being tuned" if results.index["tuning_unfinished"] else ""
 
 
-def _hopeless(choice: dict[str, Any]) -> bool:
+def hopeless(choice: dict[str, Any]) -> bool:
+    """Whether every rate of an arm's grid diverged (`choice` is its entry in the index's `rates`)."""
     return (
         choice["rate"] is None
         and bool(choice.get("grid"))

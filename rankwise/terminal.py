@@ -76,12 +76,18 @@ COLUMNS: dict[str, Callable[[ArmRow], str]] = {
     "gain": lambda row: number(row.gain),
     "right": lambda row: number(row.token_accuracy, ".1%"),
     "bits/B": lambda row: number(row.bits_per_byte, ".3f"),
+    "forgets": lambda row: number(row.forgetting, "+.4f"),
+    "ROUGE-L": lambda row: number(row.rouge_l, ".3f"),
+    "chrF": lambda row: number(row.chrf, ".1f"),
+    "used": lambda row: number(row.rank_used, ".0%"),
     "tok/s": lambda row: number(row.tokens_per_second, ".0f"),
     "GB": lambda row: number(None if row.peak_bytes is None else row.peak_bytes / 1e9, ".1f"),
 }
 SHARED = ("scale", "rate", "seeds")
 """Columns that become a line below the table when every arm has the same."""
-SPARED = ("right", "bits/B", "GB")
+MEASURED = ("forgets", "ROUGE-L", "chrF", "used")
+"""Columns of what only some studies and newer records measure; they are not shown where nothing was."""
+SPARED = ("right", "bits/B", "GB", *MEASURED)
 """Columns that a narrow terminal does without; the records have them."""
 
 
@@ -94,7 +100,8 @@ def result_table(results: Results) -> Table:
     table = Table(title=escape(f"{results.config.name}: test loss"), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.caption = "\n".join(map(escape, lines + captions(results)))
     table.caption_justify = "left"
-    left_out = shared if out.width >= 100 else [*shared, *SPARED]
+    empty = [name for name in MEASURED if set(cells[name]) == {"-"}]
+    left_out = [*shared, *empty] if out.width >= 100 else [*shared, *SPARED]
     shown = [name for name in COLUMNS if name not in left_out]
     for name in shown:
         table.add_column(

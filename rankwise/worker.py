@@ -109,7 +109,7 @@ def packed(planned: Planned) -> dict[str, Any]:
 def unpacked(found: dict[str, Any]) -> Planned:
     """Return what `packed` packed."""
     from rankwise.grid import Planned
-    from rankwise.run import RunConfig
+    from rankwise.runconfig import RunConfig
 
     return Planned(**{**found, "run": RunConfig.model_validate(found["run"])})
 

@@ -1,0 +1,177 @@
+"""What `rankwise report` writes: the page, every table as a file, and the figures."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rankwise import datasizes, figures, figuretables, rows, sources
+from rankwise.errors import RankwiseError
+from rankwise.observer import Observer
+from rankwise.recommend import recommend
+from rankwise.report import export_tables, write_report
+from rankwise.store import Store
+from rankwise.studyfile import StudyFile, read_study
+from rankwise.tables import Results
+
+if TYPE_CHECKING:
+    from rankwise.grid import Grid, Planned
+
+MOST_ARMS = 12
+"""Pictures with a line per arm name no more than these: the study's first, the baseline among them."""
+
+
+def write_all(
+    study: Path,
+    results: Path,
+    overrides: tuple[str, ...] = (),
+    folder: Path | None = None,
+    *,
+    text: bool = False,
+    pictures: bool = True,
+) -> list[str]:
+    """Write a study's report into a folder (else `reports/STUDY`) and say where each part lies.
+
+    Args:
+        study: the study file.
+        results: folder of the records.
+        overrides: `key=value` texts.
+        folder: where to.
+        text: show the data's text; such a page is for the eyes of whoever may see the data.
+        pictures: also write the figures, as PDF, SVG and PNG.
+
+    Raises:
+        RankwiseError: the study was never run, or the rows cannot be had.
+
+    Cost: some seconds a study; the figures take about a second each.
+    """
+    file = read_study(study, overrides)
+    by_size = datasizes.records(file.config, results)
+    if file.config.train_examples and not by_size:
+        raise RankwiseError(
+            f"no results yet of {file.config.name}: run the study first (`rankwise study run`)."
+        )
+    found = by_size[max(by_size)] if by_size else Results(Store(results, file.config.name))
+    folder = folder or Path("reports") / file.config.name
+    page = write_report(
+        found,
+        folder / "report.html",
+        data_text=_texts(file) if text else None,
+        by_size=by_size or None,
+        verdict=verdict(found, by_size),
+    )
+    lines = [f"report: {page}" + (" (shows the data's text: for your own eyes)" if text else "")]
+    lines.append(f"tables: {len(export_tables(found, folder / 'tables'))} files in {folder / 'tables'}/")
+    if pictures:
+        lines.append(f"figures: {_figures(found, by_size, folder / 'figures')} in {folder / 'figures'}/")
+    return lines
+
+
+def verdict(results: Results, by_size: Mapping[int, Results]) -> list[str]:
+    """Return the sentences that a report opens with, where the study asks for a recommendation or a curve."""
+    lines = recommend(results).sentences() if results.config.ladders else []
+    return lines + (datasizes.told(datasizes.agreements(by_size), max(by_size)) if by_size else [])
+
+
+def _texts(file: StudyFile) -> dict[str, tuple[str, str]]:
+    """Return row hash -> (prompt, response) of the study's rows."""
+    with file.at("data", "source"):
+        source = sources.fetch(file.config.data.source, kind="data", relative_to=file.path.parent)
+        read = rows.read_rows(source.path)
+    return {row.hash: _shown(row) for row in read.rows}
+
+
+def _shown(row: rows.Row) -> tuple[str, str]:
+    if row.form == "messages":
+        asked = [f"{role}: {content}" for role, content in row.turns[:-1]]
+        return "\n".join(asked), row.turns[-1][1]
+    return "\n\n".join(filter(None, (row.prompt, row.context))), row.response
+
+
+def _figures(results: Results, by_size: Mapping[int, Results], folder: Path) -> str:
+    """Write every figure that the records have rows for; return their names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    few = _few(results)
+    wanted: dict[str, tuple[Callable[..., Any] | tuple[Callable[..., Any], ...], Any]] = {
+        "loss_against_parameters": (figures.loss_against_parameters, figuretables.loss_points(results)),
+        "paired_differences": (figures.paired_differences, _differences(results)),
+        "learning_rates": (
+            figures.learning_rates,
+            [p for p in figuretables.rate_points(results) if p.arm in few],
+        ),
+        "training_curves": (figures.training_curves, figuretables.curve_points(results, few, smooth=5)),
+        "rank_use": (figures.rank_use, figuretables.use_rows(results, few)),
+        "time_and_memory": ((figures.times, figures.memory), figuretables.cost_rows(results)),
+        "data_sizes": (figures.data_size, figuretables.size_points(by_size)),
+    }
+    for name, (draw, drawn) in wanted.items():
+        if drawn:
+            figures.save(figures.picture(draw, drawn), folder / name)
+    for arm in few:
+        for plan in results.plans(arm)[:1]:
+            picture = figures.picture(figures.rank_heatmap, figuretables.heat_cells(plan))
+            figures.save(picture, folder / f"ranks-{_file_name(arm)}")
+    named = [name.replace("_", " ") for name, (_, drawn) in wanted.items() if drawn]
+    return ", ".join([*named, "ranks by arm"])
+
+
+def _few(results: Results) -> list[str]:
+    baseline = [results.config.baseline] if results.config.baseline else []
+    return list(dict.fromkeys([*baseline, *results.config.arms]))[:MOST_ARMS]
+
+
+def _differences(results: Results) -> list[Any]:
+    if results.config.contrasts:
+        return figuretables.difference_rows(results)
+    return figuretables.baseline_differences(results) if results.config.baseline else []
+
+
+def _file_name(arm: str) -> str:
+    return "".join(c if c.isalnum() or c in "@-_." else "-" for c in arm)
+
+
+class LivePage(Observer):
+    """Passes everything on to another observer, and rewrites the page when a run has ended.
+
+    Drawing a large study takes a second or more, so that takes a twentieth of the time at
+    most; whoever runs the study writes the last page when it is done.
+    """
+
+    def __init__(self, inner: Observer, store: Store, page: Path) -> None:
+        self.inner, self.store, self.page = inner, store, page
+        self.next = 0.0
+
+    def finished(self, planned: Planned, status: str) -> None:
+        """Rewrite the page, if it is time; a page that cannot be written stops nobody's runs."""
+        self.inner.finished(planned, status)
+        if time.monotonic() < self.next:
+            return
+        began = time.monotonic()
+        try:
+            results = Results(self.store)
+            write_report(results, self.page, verdict=verdict(results, {}))
+        except RankwiseError as error:
+            self.inner.note(f"the report could not be written: {error}")
+        self.next = time.monotonic() + 20 * (time.monotonic() - began)
+
+    def grid(self, grid: Grid, store: Store, work: dict[str, int]) -> None:
+        """Pass it on."""
+        self.inner.grid(grid, store, work)
+
+    def started(self, planned: Planned, work: int) -> None:
+        """Pass it on."""
+        self.inner.started(planned, work)
+
+    def work(self, planned: Planned, units: int) -> None:
+        """Pass it on."""
+        self.inner.work(planned, units)
+
+    def waiting(self, runs: int) -> None:
+        """Pass it on."""
+        self.inner.waiting(runs)
+
+    def note(self, text: str) -> None:
+        """Pass it on."""
+        self.inner.note(text)

