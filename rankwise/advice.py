@@ -11,8 +11,8 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
+from rankwise import contrasts
 from rankwise import ladder as ladders
-from rankwise import tables
 from rankwise.errors import RankwiseError, one_of, visible
 from rankwise.ladder import Decision
 from rankwise.plans import RankPlan
@@ -98,7 +98,8 @@ class LadderResult:
         said = f"{self.arms[found.rung]} is not shown: against {rival} it may lose up to {test.bound:.4f}"
         if found.more is None:
             return f"{said} and looks worse by the margin or more"
-        return f"{said}, and a new study with about {found.more:,} more seeds would settle it"
+        seeds = self.decision.seeds + found.more
+        return f"{said}, and a new study of about {seeds:,} seeds would settle it"
 
     def account(self) -> list[str]:
         """Return this ladder's full account in sentences."""
@@ -198,7 +199,7 @@ class Recommendation:
             return said + found.outlook()
         if found.chosen == self.chosen:
             return f"ladder {found.name!r} names it too"
-        apart = statistics.fmean(tables.differences(self.results, str(found.chosen), str(self.chosen)))
+        apart = statistics.fmean(contrasts.differences(self.results, str(found.chosen), str(self.chosen)))
         return (
             f"of ladder {found.name!r} {found.chosen} is shown, at {found.pick.parameters:,} parameters and "
             f"an observed {apart:+.4f} of loss, not tested against {self.chosen}"
@@ -223,7 +224,7 @@ class Recommendation:
         for other in others:
             if other == self.chosen:
                 continue
-            found = tables.differences(self.results, str(self.chosen), other)
+            found = contrasts.differences(self.results, str(self.chosen), other)
             lines.append(
                 f"{self.chosen} is recommended before {other}: it has fewer parameters, or as many (within "
                 f"{percent(SAME - 1)}) and stands in the ladder declared first. The two were not tested "

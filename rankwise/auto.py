@@ -12,7 +12,7 @@ adds a further one with seeds of its own, whose verdict rests on those alone.
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import re
 import shutil
 import time
@@ -22,9 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from rankwise import designing, execution, reporting, rows, sizing, sources
+from rankwise import designing, execution, reporting, sizing, sources
 from rankwise.aside import replacing
 from rankwise.errors import RankwiseError
 from rankwise.grid import Study, grid
@@ -33,11 +31,14 @@ from rankwise.run import mean_tokens
 from rankwise.speed import measure
 from rankwise.store import Store, read_json, write_json
 from rankwise.study import open_study
-from rankwise.tables import Results
+from rankwise.studyfile import read_study
+from rankwise.tables import Results, hopeless
 from rankwise.workers import run_together
 
 CLOSING_SECONDS = 45.0
 """Kept for the verdict and the report."""
+
+NAME = re.compile(r"study-([0-9]+)\.yaml")
 
 Say = Callable[[str], None]
 Watch = Callable[[], Any]
@@ -80,21 +81,26 @@ def auto(task: Task, *, dry_run: bool = False) -> Recommendation | None:
     Cost: the time that was given, somewhat more where a grid of rates had to be extended.
     """
     began = time.monotonic()
-    _belongs(task, dry_run)
+    _belongs(task)
     last = _last_study(task.folder)
-    if last is not None and not _finished(task, last):
+    finished = last is None or _finished(task, last)
+    if dry_run:
+        _dry(task, None if finished else last)
+        return None
+    if last is not None and not finished:
         task.say(f"going on with {last}")
         return _run_and_close(task, last)
     pilot = task.folder / "pilot.yaml"
-    if dry_run:
-        _dry(task, began)
-        return None
-    if not pilot.exists():
-        _write(pilot, designing.pilot(task.model, task.data, _rows(task), task.max_length))
-    piloted = _pilot(task, pilot)
+    if pilot.exists():
+        task.say(f"the rows and settings are those of {pilot}, whatever the time now given")
+    else:
+        text = designing.pilot(task.model, task.data, _rows(task), task.max_length)
+        task.folder.mkdir(parents=True, exist_ok=True)
+        write_json(task.folder / "asked.json", _asked(task))
+        _write(pilot, text)
+    study, told = _pilot(task, pilot)
     left = task.seconds - CLOSING_SECONDS - (time.monotonic() - began)
-    path = _design(task, pilot, piloted, left, 1 if last is None else 2)
-    return _run_and_close(task, path)
+    return _run_and_close(task, _design(task, study, told, left, last))
 
 
 def source_of(text: str) -> str:
@@ -105,36 +111,38 @@ def source_of(text: str) -> str:
 # --- the folder -----------------------------------------------------------------------------------
 
 
-def _belongs(task: Task, dry_run: bool) -> None:
-    """Refuse a folder that was begun with another model or other rows."""
-    mine = {"model": task.model, "data": task.data, "max_length": task.max_length}
-    path = task.folder / "asked.json"
+def _asked(task: Task) -> dict[str, Any]:
+    return {"model": task.model, "data": task.data, "max_length": task.max_length}
+
+
+def _belongs(task: Task) -> None:
+    """Refuse a folder that was begun with another model or other rows, and sources that cannot be had."""
+    mine, path = _asked(task), task.folder / "asked.json"
     if path.exists():
         found = read_json(path, tuple(mine), "Choose another folder with --out.")
         if found != mine:
             differs = ", ".join(f"{key} {found[key]!r}" for key in mine if found[key] != mine[key])
             raise RankwiseError(f"{task.folder} was begun with {differs}; choose another folder with --out.")
-    elif not dry_run:
-        task.folder.mkdir(parents=True, exist_ok=True)
-        write_json(path, mine)
+    for option, source in (("model", task.model), ("data", task.data)):
+        try:
+            sources.fetch(source, kind=option)  # type: ignore[arg-type]
+        except RankwiseError as error:
+            raise RankwiseError(f"--{option}: {error}") from None
 
 
 def _last_study(folder: Path) -> Path | None:
-    found = sorted(folder.glob("study-*.yaml"), key=lambda path: int(path.stem.split("-")[1]))
-    return found[-1] if found else None
+    found = {int(m[1]): path for path in folder.glob("study-*.yaml") if (m := NAME.fullmatch(path.name))}
+    return found[max(found)] if found else None
 
 
 def _finished(task: Task, path: Path) -> bool:
-    store = Store(task.results, yaml.safe_load(path.read_text())["name"])
+    store = Store(task.results, read_study(path).config.name)
     if not (store.folder / "study.json").exists():
         return False
     results = Results(store)
+    arms = [arm for arm in results.config.arms if not hopeless(results.index["rates"][arm])]
     wanted = results.config.seeds.reporting
-    arms = results.config.arms
-    lost = [arm for arm in arms if results.index["rates"][arm]["rate"] is None]
-    return not results.index["tuning_unfinished"] and all(
-        len(results.of(arm)) == wanted for arm in arms if arm not in lost
-    )
+    return not results.index["tuning_unfinished"] and all(len(results.of(arm)) == wanted for arm in arms)
 
 
 def _write(path: Path, text: str) -> None:
@@ -147,12 +155,12 @@ def _write(path: Path, text: str) -> None:
 
 def _rows(task: Task) -> dict[str, int]:
     """Return how many rows go where, by a speed that is measured now."""
-    usable = _usable(task)
-    with _scratch(task, usable) as study:
+    with _scratch(task) as study:
         planned = execution.first_training(grid(study), study.store)
         assert planned is not None  # a pilot in an empty folder has its runs before it
         speed = measure(study, planned, lambda rate: 2).tokens_per_second
         tokens = mean_tokens(study.context)
+        usable = sum(map(len, dataclasses.astuple(study.context.prepared.splits)))
     found = sizing.rows_for(task.seconds, speed, tokens, usable)
     task.say(
         f"{speed:,.0f} training tokens/s, {tokens:.0f} tokens a row: {found['train']} training rows, "
@@ -161,78 +169,50 @@ def _rows(task: Task) -> dict[str, int]:
     return found
 
 
-def _usable(task: Task) -> int:
-    """Count the rows that can be used, near-duplicates once; some may yet be rejected with the tokens."""
-    found = rows.read_rows(sources.fetch(task.data, kind="data").path)
-    return int(0.97 * len({row.key for row in found.rows}))
-
-
 @contextmanager
-def _scratch(task: Task, usable: int) -> Iterator[Study]:
-    """Yield a small pilot, opened beside the folder; nothing of it stays."""
+def _scratch(task: Task) -> Iterator[Study]:
+    """Yield the smallest pilot, opened beside the folder; nothing of it stays."""
     from tempfile import TemporaryDirectory
 
-    few = sizing.rows_for(60, 1.0, 1e9, usable)  # the least that there is
     with TemporaryDirectory(prefix="rankwise-") as folder:
         path = Path(folder) / "speed.yaml"
-        path.write_text(designing.pilot(task.model, task.data, few, task.max_length))
+        path.write_text(designing.pilot(task.model, task.data, sizing.LEAST, task.max_length))
         yield open_study(path, Path(folder) / "results")
 
 
-@dataclass(frozen=True)
-class _Piloted:
-    rates: dict[int, float]
-    sd: float
-    gain: float
-    price: sizing.Price
-    runs: int
-
-
-def _pilot(task: Task, path: Path) -> _Piloted:
-    """Run the pilot (or what is left of it) and return what it told; its cost is kept for later calls."""
+def _pilot(task: Task, path: Path) -> tuple[Study, designing.Told]:
+    """Run the pilot, or what is left of it, and return what it told."""
     study = open_study(path, task.results)
-    before = _tuned(study)
-    began = time.monotonic()
     with task.watch() as observer:
         run_together(study, observer)
-    spent = time.monotonic() - began
-    study = execution.settled(study)
-    results = Results(study.store)
-    done = _tuned(study)
-    cost = task.folder / "pilot.json"
-    if done - before >= done // 2 or not cost.exists():  # a few runs tell no speed
-        write_json(cost, {"seconds_per_tuning_run": spent / max(1, done - before)})
-    tuning = float(read_json(cost, ("seconds_per_tuning_run",), "Delete it.")["seconds_per_tuning_run"])
-    price = sizing.Price(tuning, tuning * designing.reporting_over_tuning(study))
-    rates, sd, gain = designing.told(results)
-    return _Piloted(rates, sd, gain, price, done)
+    return execution.settled(study), designing.told(Results(study.store))
 
 
-def _tuned(study: Study) -> int:
-    """Count the tuning runs that are done."""
-    return sum(p.role == "tuning" and study.store.has(p.run_id) for p in grid(study).runs)
-
-
-def _design(task: Task, pilot: Path, found: _Piloted, left: float, which: int) -> Path:
+def _design(task: Task, pilot: Study, told: designing.Told, left: float, last: Path | None) -> Path:
     """Write the study that fits the time that is left, and say what it will be able to show."""
-    first = 0
-    while (task.folder / f"study-{which}.yaml").exists():
-        which += 1
-    if which > 1:
-        before = yaml.safe_load((task.folder / f"study-{which - 1}.yaml").read_text())["seeds"]
-        first = before.get("first", 0) + before["reporting"]
-    design = sizing.choose(left, found.price, found.runs)
-    margin = designing.MARGIN * found.gain
+    before = None if last is None else read_study(last).config
+    which = 1 if last is None else int(last.stem.partition("-")[2]) + 1
+    first = 0 if before is None else before.seeds.first + before.seeds.reporting
+    design = sizing.choose(left, designing.price(pilot, Results(pilot.store), told.tried))
     path = task.folder / f"study-{which}.yaml"
-    _write(path, designing.study(pilot, which, design, found.rates, first))
-    ladders = 2 if design.spectral else 1
+    _write(path, designing.study(task.folder / "pilot.yaml", which, design, first))
+    choice = execution.kept(pilot.store)
+    if choice is not None:  # threads are part of a run's name: with others the pilot's runs would not count
+        folder = task.results / f"study-{which}"
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / execution.FILE, read_json(pilot.store.folder / execution.FILE, (), "Delete it."))
     lines = [
-        f"pilot: best rates {', '.join(f'{rate:g} at r={rank}' for rank, rate in found.rates.items())}",
+        f"pilot: best rates {', '.join(f'{rate:g} at r={rank}' for rank, rate in told.rates.items())}",
         f"study: {design.arms} plans x {design.seeds} seeds, {design.runs} runs, about "
         f"{design.seconds / 60:.0f} min; declared in {path}",
-        *sizing.outlook(design.seeds, ladders, found.sd, margin),
-        *designing.limits(design, pilot, left),
+        *sizing.outlook(design, told.sd, designing.MARGIN * told.gain),
+        *designing.limits(design, pilot.config.data.train, left),
     ]
+    if first:
+        lines.append(
+            f"This is study {which} of these rows: its verdict rests on its own seeds, and each study errs "
+            "with 5 % of its own. Going on until one says what was hoped for would be no evidence."
+        )
     for line in lines:
         task.say(line)
     return path
@@ -275,14 +255,21 @@ def _hand_out(task: Task, results: Results, answer: Recommendation) -> None:
     task.say(f"report: {task.folder / 'report' / 'report.html'}; all of it: {task.folder}")
 
 
-def _dry(task: Task, began: float) -> None:
+def _dry(task: Task, unfinished: Path | None) -> None:
     """Say what would be done and what it would take; run and write nothing."""
-    counts = _rows(task)
-    pilot = len(sizing.PILOT_RANKS) * (len(sizing.PILOT_RATES) + 1) * sizing.PILOT_SEEDS
-    a_run = 0.75 * task.seconds / (48 if task.seconds < 1800 else 80)
-    price = sizing.Price(0.8 * a_run, a_run)
-    left = task.seconds - CLOSING_SECONDS - pilot * price.tuning - (time.monotonic() - began)
-    design = sizing.choose(left, price, pilot)
+    if unfinished is not None:
+        task.say(
+            f"{unfinished} is not finished: the command without --dry-run goes on with it. What is left:"
+        )
+        study = open_study(unfinished, task.results)
+        left = sum(execution.works(study, grid(study)))
+        task.say(f"{len(grid(study).pending(study.store))} runs or more, {left:,} forward passes of a token")
+        return
+    _rows(task)
+    a_run = 0.75 * task.seconds / sizing.runs_for(task.seconds)
+    price = sizing.Price(tuning=0.8 * a_run, reporting=a_run, probe=a_run)
+    pilot = len(sizing.PILOT_RANKS) * price.rates * sizing.PILOT_SEEDS
+    design = sizing.choose(task.seconds - CLOSING_SECONDS - pilot * price.tuning, price)
     task.say(
         f"pilot: ranks {' and '.join(map(str, sizing.PILOT_RANKS))} at {len(sizing.PILOT_RATES)} rates or "
         f"more, {sizing.PILOT_SEEDS} seeds: about {pilot * price.tuning / 60:.0f} min"
@@ -291,4 +278,3 @@ def _dry(task: Task, began: float) -> None:
         f"study, if runs take what was measured: {design.arms} plans x {design.seeds} seeds, about "
         f"{design.seconds / 60:.0f} min; what it can show depends on the spread that the pilot sees"
     )
-    task.say(json.dumps({"rows": counts, "design": design.__dict__}))

@@ -13,9 +13,10 @@ from itertools import combinations
 from pathlib import Path
 
 from rankwise import stats
-from rankwise.config import StudyConfig
+from rankwise.config import SCREENING_BELOW, StudyConfig
+from rankwise.contrasts import differences
 from rankwise.store import Store
-from rankwise.tables import Results, differences
+from rankwise.tables import Results
 
 Overrides = tuple[str, ...]
 
@@ -61,11 +62,15 @@ class Agreement:
 
 
 def agreements(by_size: Mapping[int, Results]) -> list[Agreement]:
-    """Return each number of rows against the largest, fewest first; the intervals are not adjusted."""
+    """Return each number of rows against the largest, fewest first; the intervals are not adjusted.
+
+    Numbers of rows whose study is unfinished or had a failed run are left out.
+    """
+    by_size = {rows: one for rows, one in by_size.items() if _whole(one)}
     if len(by_size) < 2:
         return []
     largest = by_size[max(by_size)]
-    arms = [arm for arm in largest.config.arms if all(one.losses(arm) for one in by_size.values())]
+    arms = list(largest.config.arms)
     decided = {pair: sign for pair in combinations(arms, 2) if (sign := _side(largest, *pair))}
     there = [statistics.fmean(largest.losses(arm).values()) for arm in arms]
     found = []
@@ -77,26 +82,42 @@ def agreements(by_size: Mapping[int, Results]) -> list[Agreement]:
     return found
 
 
-def told(found: Sequence[Agreement], largest: int) -> list[str]:
-    """Return in sentences where the order of the arms stops changing."""
+def told(by_size: Mapping[int, Results]) -> list[str]:
+    """Return in sentences where the order of the arms stops changing, as far as that can be said."""
+    found = agreements(by_size)
     if not found:
-        return []
+        return ["Fewer than two numbers of training rows are whole: nothing can be said of their order yet."]
+    largest = max(rows for rows, one in by_size.items() if _whole(one))
+    seeds = by_size[largest].config.seeds.reporting
+    if seeds < SCREENING_BELOW:
+        return [*_counts(found, largest), f"{seeds} seeds screen: where the order settles is not said."]
+    return _settled(found, largest)
+
+
+def _settled(found: Sequence[Agreement], largest: int) -> list[str]:
     if not found[0].pairs:
-        return [
-            f"At {largest} rows no two arms are told apart (95 % paired intervals), so the amount of data "
-            "cannot change their order: what there is of it is noise."
-        ]
-    lines = [
-        f"{one.rows} rows: {one.agree} of the {one.pairs} pairs of arms that {largest} rows tell apart stand "
-        "in the same order" + ("" if one.correlation is None else f" (Spearman {one.correlation:.2f})") + "."
-        for one in found
-    ]
+        return [f"At {largest} rows no two arms are told apart (95 % paired intervals): no order is shown."]
     settled = largest
     for one in reversed(found):
         if one.agree < one.pairs:
             break
         settled = one.rows
-    return [*lines, f"From {settled} rows on the order of those pairs no longer changes."]
+    if settled == largest:
+        return [*_counts(found, largest), f"Their order had not settled below {largest} rows."]
+    return [*_counts(found, largest), f"From {settled} rows on the order of those pairs is the same."]
+
+
+def _counts(found: Sequence[Agreement], largest: int) -> list[str]:
+    return [
+        f"{one.rows} rows: {one.agree} of the {one.pairs} pairs of arms that {largest} rows tell apart stand "
+        "in the same order" + ("" if one.correlation is None else f" (Spearman {one.correlation:.2f})") + "."
+        for one in found
+    ]
+
+
+def _whole(results: Results) -> bool:
+    wanted = results.config.seeds.reporting
+    return wanted > 1 and all(len(results.losses(arm)) == wanted for arm in results.config.arms)
 
 
 def _sign(results: Results, arm: str, other: str) -> int:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from rankwise import selection, sizing
+from rankwise import execution, selection, sizing
+from rankwise.errors import RankwiseError
 from rankwise.grid import Study, run_config
-from rankwise.run import work_of
+from rankwise.run import probe_work, work_of
 from rankwise.tables import Results
 
 MARGIN = 0.05
@@ -49,29 +51,15 @@ def _step_tokens(train: int, max_length: int) -> int:
     return max(max_length, min(1024, train * max_length // 2 // 20))
 
 
-def study(pilot_file: Path, which: int, design: sizing.Design, rates: Mapping[int, float], first: int) -> str:
-    """Return the study file of a design; everything else is the pilot's."""
+def study(pilot_file: Path, which: int, design: sizing.Design, first: int) -> str:
+    """Return the study file of a design; everything else is the pilot's, whose runs it takes over."""
     found: dict[str, Any] = yaml.safe_load(pilot_file.read_text())
     uniform = {f"uniform@r{r}": {"strategy": "uniform", "budget": f"r={r}"} for r in design.uniform}
     spectral = {f"spectral@r{r}": {"strategy": "spectral", "budget": f"r={r}"} for r in design.spectral}
-    if not design.tuned:
-        for rank, rate in sizing.interpolated(design.uniform, rates).items():
-            uniform[f"uniform@r{rank}"] |= {"learning_rate": rate}  # type: ignore[dict-item]
-        found["train"]["learning_rates"] = [rates[min(rates)]]
     largest = f"uniform@r{max(design.uniform)}"
-    found |= {
-        "name": f"study-{which}",
-        "seeds": {
-            "tuning": sizing.PILOT_SEEDS if design.tuned else 0,
-            "reporting": design.seeds,
-            **({"first": first} if first else {}),
-        },
-        "ladders": {
-            "uniform": list(uniform),
-            **({"spectral": [*spectral, largest]} if spectral else {}),
-        },
-        "arms": uniform | spectral,
-    }
+    seeds = {"tuning": sizing.PILOT_SEEDS, "reporting": design.seeds, **({"first": first} if first else {})}
+    ladders = {"uniform": list(uniform), **({"spectral": [*spectral, largest]} if spectral else {})}
+    found |= {"name": f"study-{which}", "seeds": seeds, "ladders": ladders, "arms": uniform | spectral}
     return _text("Written by `rankwise auto` after its pilot, before any of its reporting runs.", found)
 
 
@@ -79,59 +67,109 @@ def _text(head: str, tree: dict[str, Any]) -> str:
     return f"# {head}\n" + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=110)
 
 
-def told(results: Results) -> tuple[dict[int, float], float, float]:
-    """Return the pilot's best rate by rank, the SD of the seeds' paired differences, and the gain.
+@dataclass(frozen=True)
+class Told:
+    """What a pilot told.
 
-    The SD is pooled over the rates that neither arm diverged at, each with its own mean: rates times
-    (seeds - 1) degrees of freedom, so it is rough. Gain is the untouched model's validation loss minus that
-    of the largest rank at its best rate.
+    Attributes:
+        rates: the best rate by rank.
+        sd: of the seeds' paired differences between the two ranks, pooled over pairs of rates, each with its
+            own mean: either rank's best, and as many steps of the grid below it (above it training grows
+            unsteady, and the study will not be there). A few degrees of freedom, so it is rough; nan where
+            there are none.
+        gain: the untouched model's validation loss minus that of the largest rank at its best rate.
+        tried: how many rates.
     """
-    losses: dict[int, dict[float, list[float | None]]] = {}
-    for rank in sizing.PILOT_RANKS:
-        tried = results.index["rates"][f"uniform@r{rank}"]["grid"]
-        losses[rank] = {one["rate"]: one["losses"] for one in tried}
-    best = {rank: selection.choose(found) for rank, found in losses.items()}
-    small, large = (losses[rank] for rank in sizing.PILOT_RANKS)
+
+    rates: dict[int, float]
+    sd: float
+    gain: float
+    tried: int
+
+
+def told(results: Results) -> Told:
+    """Read a finished pilot.
+
+    Raises:
+        RankwiseError: every rate of an arm diverged, or the untouched model could not be scored.
+    """
+    before = results.untouched_metrics().get("validation_loss")
+    if before is None:
+        raise RankwiseError(
+            "the model without an adapter could not be scored, so nothing can be compared with it: "
+            f"{'; '.join(results.failures())}."
+        )
+    losses = {rank: _by_rate(results, rank) for rank in sizing.PILOT_RANKS}
+    rates = {}
+    for rank, found in losses.items():
+        best = selection.choose(found)
+        if best is None:
+            raise RankwiseError(
+                f"in the pilot every rate of uniform@r{rank} diverged ({', '.join(map(str, found))}), so "
+                "there is nothing to build a study on. Write a study file with lower rates instead."
+            )
+        rates[rank] = best
+    small, large = (_from_best(losses[rank], rates[rank]) for rank in sizing.PILOT_RANKS)
     squares, freedom = 0.0, 0
-    for rate in small.keys() & large.keys():
-        pairs = list(zip(small[rate], large[rate], strict=True))
-        apart = [a - b for a, b in pairs if a is not None and b is not None]
-        if len(apart) == len(pairs) > 1:
+    for mine, theirs in zip(small, large, strict=False):
+        apart = [a - b for a, b in zip(mine, theirs, strict=True) if a is not None and b is not None]
+        if len(apart) > 1:
             squares += sum((d - statistics.fmean(apart)) ** 2 for d in apart)
             freedom += len(apart) - 1
-    rates = {rank: rate for rank, rate in best.items() if rate is not None}
+    top = max(sizing.PILOT_RANKS)
+    reached = [loss for loss in losses[top][rates[top]] if loss is not None]
     sd = math.sqrt(squares / freedom) if freedom else math.nan
-    untouched = results.of("untouched", "untouched")[0]["train_info"]["metrics"]["validation_loss"]
-    top = rates.get(max(sizing.PILOT_RANKS))
-    reached = [loss for loss in large.get(top or 0.0, []) if loss is not None]
-    return rates, sd, untouched - statistics.fmean(reached) if reached else 0.0
+    return Told(rates, sd, before - statistics.fmean(reached), len(losses[top]))
 
 
-def reporting_over_tuning(study: Study) -> float:
-    """Return the work of a reporting run over that of a tuning run."""
-    arm = next(iter(study.config.arms))
-    report, tune = (
-        work_of(run_config(study, arm, role, 0, 1e-3), study.context) for role in ("reporting", "tuning")
-    )
-    return report / tune
+def _by_rate(results: Results, rank: int) -> dict[float, list[float | None]]:
+    return {one["rate"]: one["losses"] for one in results.index["rates"][f"uniform@r{rank}"]["grid"]}
 
 
-def limits(design: sizing.Design, pilot_file: Path, seconds: float) -> list[str]:
-    """Return plainly what so little time cannot show."""
-    counts = yaml.safe_load(pilot_file.read_text())["data"]
-    lines = [
-        f"What this cannot show: how plans compare when trained on more than {counts['train']} rows once, or "
-        "on other data; ranks that matter only after longer training will look alike here."
+def _from_best(by_rate: Mapping[float, list[float | None]], best: float) -> list[list[float | None]]:
+    """Return the losses of the best rate and of those below it, going down."""
+    return [by_rate[rate] for rate in sorted(by_rate, reverse=True) if rate <= best]
+
+
+def price(study: Study, results: Results, tried: int) -> sizing.Price:
+    """Return what runs take here, from the pilot's own records and the number of processes it used."""
+    took = [
+        record["run_info"]["total_time"]
+        for run in results.index["runs"]
+        if run["role"] == "tuning" and (record := results.records.get(run["run_id"]))
     ]
-    if not design.tuned:
-        lines.append(
-            "Rates between rank 1 and rank 16 are interpolated, not tuned: a difference may be the rate's."
-        )
+    kept = execution.kept(study.store)
+    processes = kept.processes if kept else 1
+    tuning = statistics.fmean(took) / processes
+    arm = next(iter(study.config.arms))
+    runs = [run_config(study, arm, role, 0, 1e-3) for role in ("tuning", "reporting")]
+    work = [work_of(run, study.context) for run in runs]
+    calibration = runs[0].model_copy(update={"calibration": study.config.data.calibration})
+    return sizing.Price(
+        tuning=tuning,
+        reporting=tuning * work[1] / work[0],
+        probe=tuning * probe_work(calibration, study.context) / work[0],
+        rates=tried,
+    )
+
+
+def limits(design: sizing.Design, rows: int, seconds: float) -> list[str]:
+    """Return plainly what this study cannot show.
+
+    Args:
+        design: what will be run.
+        rows: of training.
+        seconds: that are left.
+    """
+    lines = [
+        f"What this cannot show: how plans compare when trained on more than {rows} rows once, or on "
+        "other data; ranks that matter only after longer training will look alike here."
+    ]
     if not design.spectral:
         lines.append("Only uniform plans are compared: there is no time for plans that follow the gradients.")
     if not design.enough:
         lines.append(
-            f"Even the smallest study takes about {design.seconds / 60:.0f} min, more than the "
-            f"{max(0.0, seconds) / 60:.0f} that are left; it can be stopped and resumed."
+            f"Even the smallest study takes some {design.seconds:,.0f} s, and {max(0.0, seconds):,.0f} "
+            "s are left: it goes on past the time. It can be stopped and resumed."
         )
     return lines

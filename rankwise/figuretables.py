@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from rankwise import stats
+from rankwise.contrasts import contrast_rows, differences, margin
 from rankwise.errors import RankwiseError, one_of
 from rankwise.figures.rows import (
     Cost,
@@ -21,7 +22,7 @@ from rankwise.figures.rows import (
     RatePoint,
     SeriesPoint,
 )
-from rankwise.tables import SAME, Results, contrast_rows, differences, margin
+from rankwise.tables import SAME, Results
 
 Interval = tuple[float | None, float | None]
 
@@ -241,15 +242,13 @@ def use_rows(results: Results, arms: Sequence[str] | None = None) -> list[RankUs
 
     Runs that were recorded before rank use was measured have none.
     """
-    import pyarrow.parquet as pq
-
     found = []
     for arm in results.config.arms if arms is None else arms:
         used: dict[tuple[str, int], list[float]] = defaultdict(list)
         for record in results.of(arm).values():
             path = results.store.path(record["run_id"]) / "rank_use.parquet"
             if path.exists():
-                for row in pq.read_table(path, columns=["module", "rank", "stable_rank"]).to_pylist():
+                for row in results.store.table(record["run_id"], path.name).to_pylist():
                     used[row["module"], row["rank"]].append(row["stable_rank"])
         strategy = strategy_of(results, arm)
         found += [RankUse(arm, strategy, m, r, statistics.fmean(v)) for (m, r), v in used.items()]
@@ -293,7 +292,7 @@ def example_rows(results: Results, arm: str, against: str) -> ExampleDifferences
         raise RankwiseError(f"{arm} and {against} have no finished seed in common yet.")
     sums: dict[str, list[float]] = defaultdict(list)
     for seed in seeds:
-        mine, other = (_row_losses(results, results.of(n)[seed]["run_id"]) for n in (arm, against))
+        mine, other = (_row_losses(results, name, seed) for name in (arm, against))
         if mine.keys() != other.keys():
             raise RankwiseError(f"{arm} and {against} were scored on different test rows (seed {seed}).")
         for row, loss in mine.items():
@@ -303,12 +302,6 @@ def example_rows(results: Results, arm: str, against: str) -> ExampleDifferences
     return ExampleDifferences(arm, against, tuple(means), better, worse, len(seeds))
 
 
-def _row_losses(results: Results, run_id: str) -> dict[str, float]:
+def _row_losses(results: Results, arm: str, seed: int) -> dict[str, float]:
     """Return row hash -> loss per label token; rows without label tokens have none."""
-    import pyarrow.parquet as pq
-
-    table = pq.read_table(
-        results.store.path(run_id) / "examples.parquet", columns=["row_hash", "nll", "tokens"]
-    )
-    rows = zip(*(table.column(name).to_pylist() for name in ("row_hash", "nll", "tokens")), strict=True)
-    return {row: nll / tokens for row, nll, tokens in rows if tokens}
+    return {row: nll / tokens for row, (nll, tokens) in results.rows(arm, seed).items() if tokens}

@@ -6,19 +6,24 @@ compare words and characters, not truth: read them beside the loss, never instea
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import regex
 import torch
 from transformers import GenerationConfig
 
 from rankwise.data import NO_LOSS, Example
+from rankwise.engine.plain import unwrapped
 
 BATCH = 16
 """Rows that are decoded together."""
 
-_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\W_]+(?:'[^\W_]+)?")
+_WORD = regex.compile(
+    r"[\p{Han}\p{Hiragana}\p{Katakana}]|(?:(?![\p{Han}\p{Hiragana}\p{Katakana}])[\p{L}\p{M}\p{N}'])+"
+)
 
 
 class _Words:
@@ -29,7 +34,7 @@ class _Words:
 
     def tokenize(self, text: str) -> list[str]:
         """Return the words of a text."""
-        return _WORD.findall(text.lower())
+        return _WORD.findall(unicodedata.normalize("NFC", text).lower())
 
 
 def askable(rows: Sequence[Example], count: int) -> list[Example]:
@@ -106,10 +111,24 @@ def _decode(model: Any, tokenizer: Any, prompts: list[list[int]], tokens: int) -
     pad = next((i for i in (tokenizer.pad_token_id, *sorted(stops)) if i is not None), 0)
     ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=model.device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-    # greedy, whatever the model's own settings say
     config = GenerationConfig(
         do_sample=False, num_beams=1, max_new_tokens=tokens, use_cache=True,
         pad_token_id=pad, eos_token_id=sorted(stops) or None,
     )  # fmt: skip
-    out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+    with _alone(unwrapped(model), config):
+        out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
     return [tokenizer.decode(o[longest:], skip_special_tokens=True).strip() for o in out]
+
+
+@contextmanager
+def _alone(root: Any, config: GenerationConfig) -> Iterator[None]:
+    """Put these settings in place of the model's own, which Transformers would fill gaps from.
+
+    A repetition penalty that a model ships would change the answers, and not be greedy decoding.
+    """
+    before = root.generation_config
+    root.generation_config = config
+    try:
+        yield
+    finally:
+        root.generation_config = before

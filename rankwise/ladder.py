@@ -220,8 +220,9 @@ def _outlook(decision: Decision, names: Sequence[str]) -> str:
     name = names[found.rung]
     if found.more is None:
         return f"{name} looks worse by the margin or more: more seeds are not expected to change that."
-    equal = f", {found.more_if_equal} more if it is truly no different" if found.more_if_equal else ""
+    had = decision.seeds
+    equal = f", {had + found.more_if_equal} if it is truly no different" if found.more_if_equal else ""
     return (
-        f"A new study with about {found.more} more seeds would settle {name} (an estimate from the spread of "
-        f"these {decision.seeds} seeds, 80 % power{equal})."
+        f"A new study of about {had + found.more} seeds would settle {name} (an estimate from the spread of "
+        f"these {had} seeds, 80 % power{equal})."
     )

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from rankwise import contrasts, tables
 from rankwise import ladder as ladders
-from rankwise import tables
 from rankwise.advice import LadderResult, Recommendation, Rung
 from rankwise.config import SCREENING_BELOW
 from rankwise.errors import RankwiseError
@@ -55,7 +55,7 @@ def recommend(results: Results) -> Recommendation:
             f"two or more of the arms ({', '.join(config.arms)}), such as\n{EXAMPLE}\n"
             "Declared after the first run it makes the study exploratory."
         )
-    margin = tables.margin(results)
+    margin = contrasts.margin(results)
     level = ALPHA / len(config.ladders)
     found = tuple(_ladder_result(results, name, arms, margin, level) for name, arms in config.ladders.items())
     return Recommendation(
@@ -118,7 +118,7 @@ def _faults(results: Results, arms: Sequence[str], margin: float | None) -> list
 def _rung(results: Results, order: Sequence[str], place: int, decision: Decision | None) -> Rung:
     arm, largest = order[place], order[-1]
     losses = tuple(loss for _, loss in sorted(results.losses(arm).items()))
-    paired = tables.differences(results, arm, largest) if arm != largest else []
+    paired = contrasts.differences(results, arm, largest) if arm != largest else []
     trained = parameters(results, arm)
     rung = Rung(
         arm=arm,

@@ -72,7 +72,7 @@ def write_all(
 def verdict(results: Results, by_size: Mapping[int, Results]) -> list[str]:
     """Return the sentences that a report opens with, where the study asks for a recommendation or a curve."""
     lines = recommend(results).sentences() if results.config.ladders else []
-    return lines + (datasizes.told(datasizes.agreements(by_size), max(by_size)) if by_size else [])
+    return lines + (datasizes.told(by_size) if by_size else [])
 
 
 def _texts(file: StudyFile) -> dict[str, tuple[str, str]]:
@@ -109,12 +109,25 @@ def _figures(results: Results, by_size: Mapping[int, Results], folder: Path) -> 
     for name, (draw, drawn) in wanted.items():
         if drawn:
             figures.save(figures.picture(draw, drawn), folder / name)
-    for arm in few:
-        for plan in results.plans(arm)[:1]:
-            picture = figures.picture(figures.rank_heatmap, figuretables.heat_cells(plan))
-            figures.save(picture, folder / f"ranks-{_file_name(arm)}")
+    planned = [(arm, results.plans(arm)[0]) for arm in few if results.plans(arm)]
+    for arm, plan in planned:
+        picture = figures.picture(figures.rank_heatmap, figuretables.heat_cells(plan))
+        figures.save(picture, folder / f"ranks-{_file_name(arm)}")
+    pairs = _pairs(results)
+    for arm, other in pairs:
+        picture = figures.picture(figures.example_differences, figuretables.example_rows(results, arm, other))
+        figures.save(picture, folder / f"examples-{_file_name(arm)}-{_file_name(other)}")
     named = [name.replace("_", " ") for name, (_, drawn) in wanted.items() if drawn]
-    return ", ".join([*named, "ranks by arm"])
+    named += ["ranks by arm"] * bool(planned) + ["gains and losses by example"] * bool(pairs)
+    return ", ".join(named) or "none yet"
+
+
+def _pairs(results: Results) -> list[tuple[str, str]]:
+    """Return the declared contrasts, or else every arm against the baseline, that have a seed in common."""
+    baseline = results.config.baseline
+    against = [(arm, baseline) for arm in _few(results) if baseline and arm != baseline]
+    wanted = results.config.pairs() or against
+    return [(a, b) for a, b in wanted if results.losses(a).keys() & results.losses(b).keys()]
 
 
 def _few(results: Results) -> list[str]:
@@ -152,7 +165,7 @@ class LivePage(Observer):
         try:
             results = Results(self.store)
             write_report(results, self.page, verdict=verdict(results, {}))
-        except RankwiseError as error:
+        except (RankwiseError, OSError, ValueError, KeyError) as error:  # records that a person is editing
             self.inner.note(f"the report could not be written: {error}")
         self.next = time.monotonic() + 20 * (time.monotonic() - began)
 

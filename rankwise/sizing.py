@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rankwise.config import SCREENING_BELOW
 from rankwise.errors import RankwiseError
-from rankwise.power import noninferior_power, seeds_for_noninferior
+from rankwise.ladder import decide
+from rankwise.power import seeds_for_noninferior
+from rankwise.seeds import generator
 
 PILOT_RANKS = (1, 16)
-"""The ends of every ladder: the pilot tunes them, and what lies between is tuned too if time allows."""
+"""The ends of every ladder: the pilot tunes them, and the study takes those runs over."""
 
 PILOT_RATES = (1e-3, 3e-3, 1e-2)
 PILOT_SEEDS = 2
@@ -22,36 +23,47 @@ MOST_SEEDS = 20
 SLACK = 0.85
 """Share of the time that a design may fill: runs are not all alike, and a grid may have to be extended."""
 
+LEAST = {"train": 16, "validation": 8, "test": 24, "reserved": 0}
+"""Rows, of the smallest study there is."""
+
 ALPHA = 0.05
+SIMULATED = 400
+"""Studies, for the chance that a design names its smallest plan; right to about 5 %."""
 
 
 @dataclass(frozen=True)
-class Rung:
-    """A design as far as it decides cost: the uniform ranks, the data-driven ones, whether each is tuned."""
+class Choice:
+    """A design as far as it decides cost: the uniform ranks, the data-driven ones, the fewest seeds."""
 
     uniform: tuple[int, ...]
     spectral: tuple[int, ...]
-    tuned: bool
     least_seeds: int
 
 
 CHOICES = (
-    Rung((1, 2, 4, 8, 16), (1, 2, 4), True, 8),
-    Rung((1, 2, 4, 8, 16), (), True, 8),
-    Rung((1, 2, 4, 8, 16), (), False, 8),
-    Rung((1, 4, 16), (), False, SCREENING_BELOW),
-    Rung((1, 16), (), False, SCREENING_BELOW),
-    Rung((1, 16), (), False, 2),
+    Choice((1, 2, 4, 8, 16), (1, 2, 4), 8),
+    Choice((1, 2, 4, 8, 16), (), 8),
+    Choice((1, 4, 16), (), SCREENING_BELOW),
+    Choice((1, 16), (), SCREENING_BELOW),
+    Choice((1, 16), (), 2),
 )
 """From the one that answers most to the least; the first that the time affords is taken."""
 
 
 @dataclass(frozen=True)
 class Price:
-    """Seconds that the study takes on per run, all its processes together."""
+    """What the study takes, in seconds on all its processes together.
+
+    Attributes:
+        tuning, reporting: per run.
+        probe: per seed, for the plans that follow the gradients.
+        rates: tried for each arm.
+    """
 
     tuning: float
     reporting: float
+    probe: float = 0.0
+    rates: int = len(PILOT_RATES) + 1
 
 
 @dataclass(frozen=True)
@@ -60,7 +72,6 @@ class Design:
 
     Attributes:
         uniform, spectral: ranks of either ladder; no second ladder where it is empty.
-        tuned: whether every arm's rate is tuned; else the rates between the pilot's two are interpolated.
         seeds: reporting seeds.
         runs: that are still to do.
         seconds: that they are expected to take.
@@ -69,7 +80,6 @@ class Design:
 
     uniform: tuple[int, ...]
     spectral: tuple[int, ...]
-    tuned: bool
     seeds: int
     runs: int
     seconds: float
@@ -99,6 +109,11 @@ def seconds_of(text: str) -> float:
     return total
 
 
+def runs_for(seconds: float) -> int:
+    """Return how many runs a study of this length should have room for: seeds enough come before rows."""
+    return 48 if seconds < 1800 else 80
+
+
 def rows_for(seconds: float, tokens_per_second: float, tokens_per_row: float, usable: int) -> dict[str, int]:
     """Return how many rows train, choose rates, test and stay reserved.
 
@@ -113,17 +128,16 @@ def rows_for(seconds: float, tokens_per_second: float, tokens_per_row: float, us
     """
     reserved = 250 if usable >= 800 else 0
     left = usable - reserved
-    runs = 48 if seconds < 1800 else 80
     # a reporting run trains on its rows and scores 1.25 times as many at a third of the cost
-    affordable = 0.75 * seconds / runs * tokens_per_second / tokens_per_row / (1 + 1.25 / 3)
-    train = int(max(16, min(affordable, 0.5 * left)))
+    affordable = 0.75 * seconds / runs_for(seconds) * tokens_per_second / tokens_per_row / (1 + 1.25 / 3)
+    train = int(max(LEAST["train"], min(affordable, 0.5 * left)))
     found = {
         "train": train,
-        "validation": max(8, min(train // 2, left // 8)),
-        "test": max(24, min(int(1.25 * train), left // 4)),
+        "validation": max(LEAST["validation"], min(train // 2, left // 8)),
+        "test": max(LEAST["test"], min(int(1.25 * train), left // 4)),
         "reserved": reserved,
     }
-    found["train"] = max(16, train - max(0, sum(found.values()) - usable))
+    found["train"] = max(LEAST["train"], train - max(0, sum(found.values()) - usable))
     if sum(found.values()) > usable:
         raise RankwiseError(
             "auto needs 48 rows at least (16 to train on, 8 to choose rates, 24 to test); "
@@ -132,69 +146,70 @@ def rows_for(seconds: float, tokens_per_second: float, tokens_per_row: float, us
     return found
 
 
-def choose(seconds: float, price: Price, known: int = 0) -> Design:
+def choose(seconds: float, price: Price) -> Design:
     """Return the design that answers most within the time.
 
     Args:
-        seconds: that are left.
-        price: of a run.
-        known: tuning runs of the ladder's two ends that the pilot has already done.
+        seconds: that are left after the pilot.
+        price: of what is to come; the pilot's own runs, of either end of the ladder, are done.
     """
     for choice in CHOICES:
-        found = _sized(choice, seconds, price, known)
+        found = _sized(choice, seconds, price)
         if found.enough:
             return found
     return found
 
 
-def _sized(choice: Rung, seconds: float, price: Price, known: int) -> Design:
+def _sized(choice: Choice, seconds: float, price: Price) -> Design:
     arms = len(choice.uniform) + len(choice.spectral)
-    tuning = max(0, arms * (len(PILOT_RATES) + 1) * PILOT_SEEDS - known) if choice.tuned else 0
-    left = SLACK * seconds - tuning * price.tuning
-    seeds = math.floor(left / (arms * price.reporting))
+    tuning = (arms - len(PILOT_RANKS)) * price.rates * PILOT_SEEDS
+    probe = price.probe if choice.spectral else 0.0
+    fixed, a_seed = tuning * price.tuning + PILOT_SEEDS * probe, arms * price.reporting + probe
+    seeds = math.floor((SLACK * seconds - fixed) / a_seed)
     enough = seeds >= choice.least_seeds
     seeds = max(choice.least_seeds, min(seeds, MOST_SEEDS))
-    runs = arms * seeds + tuning
-    price_of_all = tuning * price.tuning + arms * seeds * price.reporting
-    return Design(choice.uniform, choice.spectral, choice.tuned, seeds, runs, price_of_all, enough)
+    return Design(
+        choice.uniform, choice.spectral, seeds, arms * seeds + tuning, fixed + seeds * a_seed, enough
+    )
 
 
-def interpolated(ranks: Sequence[int], best: Mapping[int, float]) -> dict[int, float]:
-    """Return a rate for each rank, from the best ones of the pilot's ranks.
-
-    Linear in log rate over log rank, then the nearest of the half-decade grid (1e-3, 3e-3, 1e-2, ...).
-    """
-    low, high = min(best), max(best)
-    slope = math.log(best[high] / best[low]) / math.log(high / low) if high > low else 0.0
-    found = {}
-    for rank in ranks:
-        wanted = math.log(best[low]) + slope * math.log(rank / low)
-        grid = [float(f"{m}e{e}") for e in range(-6, 1) for m in (1, 3)]
-        found[rank] = min(grid, key=lambda rate: abs(math.log(rate) - wanted))
-    return found
-
-
-def outlook(seeds: int, ladders: int, sd: float, margin: float) -> list[str]:
+def outlook(design: Design, sd: float, margin: float) -> list[str]:
     """Return in sentences what a design can show, said before it starts.
 
     Args:
-        seeds: reporting seeds.
-        ladders: that share the 5 %.
+        design: what will be run.
         sd: of the seed-to-seed difference of two plans, in nats per token, as the pilot saw it.
         margin: of loss, likewise.
+
+    Cost: about a second: `ladder.decide` on simulated studies whose plans do not differ.
     """
+    seeds = design.seeds
     if seeds < SCREENING_BELOW:
         return [f"{seeds} seeds screen: there will be numbers and no verdict, which takes {SCREENING_BELOW}."]
-    if margin <= 0:
+    if not margin > 0:
         return ["In the pilot training gained nothing, so there may be no margin and no verdict."]
-    level = ALPHA / ladders
-    sd = max(sd, 1e-6)
-    chance = noninferior_power(seeds, margin, sd, 0.0, level)
-    text = (
-        f"With {seeds} seeds, two plans that do not differ are shown to be within {margin:.4f} of each other "
-        f"in about {chance:.0%} of studies (differences spread by {sd:.4f}, a rough figure from the pilot)"
-    )
-    needed = seeds_for_noninferior(margin, sd, 0.0, 0.8, level)
-    if chance >= 0.8 or needed is None:
-        return [text + "."]
-    return [text + f"; 80 % would take {needed} seeds."]
+    if math.isnan(sd):
+        return ["The pilot saw no spread between seeds, so what this study can show is not known beforehand."]
+    level = ALPHA / (2 if design.spectral else 1)
+    smallest, none = _chances(len(design.uniform), seeds, max(sd, 1e-9), margin, level)
+    lines = [
+        f"If all {len(design.uniform)} uniform plans are equally good, {seeds} seeds name the smallest in "
+        f"about {smallest:.0%} of studies and none in {none:.0%}: margin {margin:.4f}, differences spread by "
+        f"{sd:.4f} over seeds (a rough figure, from the pilot)."
+    ]
+    needed = seeds_for_noninferior(margin, max(sd, 1e-9), 0.0, 0.8, level)
+    if smallest < 0.8 and needed is not None and needed > seeds:
+        lines.append(
+            f"Some {needed} seeds would show two such plans to be within the margin; a ladder takes more."
+        )
+    return lines
+
+
+def _chances(plans: int, seeds: int, sd: float, margin: float, level: float) -> tuple[float, float]:
+    """Return how often a ladder of equal plans ends at its smallest, and how often without a plan."""
+    draw = generator(0, "outlook", plans, seeds)
+    found = [
+        decide(draw.normal(0.0, sd / math.sqrt(2), (plans, seeds)), margin, level).chosen
+        for _ in range(SIMULATED)
+    ]
+    return found.count(0) / SIMULATED, found.count(None) / SIMULATED

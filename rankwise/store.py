@@ -139,6 +139,21 @@ class Store:
         there = (self.path(run_id) / "plan.json").exists()
         return self._part(run_id, "plan.json", ("ranks",)) if there else None
 
+    def table(self, run_id: str, name: str) -> Any:
+        """Return a finished run's Parquet file as an Arrow table.
+
+        Raises:
+            RankwiseError: when it is missing or cannot be read.
+        """
+        import pyarrow.parquet as pq
+
+        path = self.path(run_id) / name
+        try:
+            return pq.read_table(path)
+        except (OSError, ValueError) as error:  # Arrow's own errors are ValueErrors
+            remedy = f"Delete the folder {path.parent} to run it again."
+            raise RankwiseError(f"{path} cannot be read ({type(error).__name__}). {remedy}") from None
+
     def steps(self, run_id: str) -> list[dict[str, Any]]:
         """Return a finished run's step log; empty where it has none."""
         path = self.path(run_id) / "metrics.jsonl"

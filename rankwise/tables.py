@@ -53,18 +53,6 @@ class ArmRow:
     adapter_bytes: int | None = None
 
 
-@dataclass(frozen=True)
-class ContrastRow:
-    """One declared contrast: numbers where there are some, and what may be said of them."""
-
-    arm: str
-    against: str
-    paired: stats.Paired | None
-    p_holm: float | None
-    margin: float | None
-    verdict: str
-
-
 class Results:
     """A study's index with the records that it names, as far as they exist."""
 
@@ -82,6 +70,7 @@ class Results:
             ) from None
         self.store = store
         self._plans: dict[str, list[dict[str, Any]]] = {}
+        self._rows: dict[str, dict[str, tuple[float, int]]] = {}
         self.records = {
             run["run_id"]: store.record(run["run_id"])
             for run in self.index["runs"]
@@ -108,12 +97,23 @@ class Results:
             if record["status"] == "done" and (found := self.store.steps(record["run_id"]))
         }
 
+    def rows(self, arm: str, seed: int) -> dict[str, tuple[float, int]]:
+        """Return row hash -> (loss in nats summed over its label tokens, label tokens) of a reporting run."""
+        run_id = self.of(arm)[seed]["run_id"]
+        if run_id not in self._rows:
+            table = self.store.table(run_id, "examples.parquet")
+            columns = (table.column(name).to_pylist() for name in ("row_hash", "nll", "tokens"))
+            self._rows[run_id] = {row: (nll, tokens) for row, nll, tokens in zip(*columns, strict=True)}
+        return self._rows[run_id]
+
     def untouched(self) -> float | None:
         """Return the primary metric of the model without adapters."""
+        return self.untouched_metrics().get(self.config.primary)
+
+    def untouched_metrics(self) -> dict[str, float]:
+        """Return all metrics of the model without adapters; empty before it was measured."""
         record = self.of("untouched", "untouched").get(0)
-        if record is None or record["status"] != "done":
-            return None
-        return record["train_info"]["metrics"][self.config.primary]
+        return {} if record is None or record["status"] != "done" else record["train_info"]["metrics"]
 
     def plans(self, arm: str) -> list[dict[str, Any]]:
         """Return the plans of the arm's finished runs; a seed may have its own."""
@@ -190,10 +190,8 @@ def _metric(done: list[dict[str, Any]], name: str) -> list[float]:
 
 def _forgetting(results: Results, done: list[dict[str, Any]]) -> float | None:
     """Return how much more loss general text has than before training, in nats per token."""
-    untouched = results.of("untouched", "untouched").get(0)
-    before = _metric([untouched["train_info"]], "general_loss") if untouched else []
-    after = _metric(done, "general_loss")
-    return statistics.fmean(after) - before[0] if before and after else None
+    before, after = results.untouched_metrics().get("general_loss"), _metric(done, "general_loss")
+    return statistics.fmean(after) - before if before is not None and after else None
 
 
 def _seconds_to_baseline(results: Results, arm: str, baseline: str) -> float | None:
@@ -258,65 +256,8 @@ def _mean(values: list[float]) -> float | None:
     return statistics.fmean(values) if values else None
 
 
-def contrast_rows(results: Results) -> list[ContrastRow]:
-    """Return the declared contrasts with their paired t-intervals, Holm-adjusted, and their verdicts."""
-    pairs = results.config.pairs()
-    compared = {pair: _compare(results, *pair, len(pairs)) for pair in pairs}
-    found = [pair for pair in pairs if compared[pair] is not None]
-    adjusted = dict(zip(found, stats.holm([compared[p].p for p in found]), strict=True))  # type: ignore[union-attr]
-    return [_contrast_row(results, pair, compared[pair], adjusted.get(pair)) for pair in pairs]
-
-
-def differences(results: Results, arm: str, against: str) -> list[float]:
-    """Return the arm's primary metric minus the other's, for the seeds that both have finished."""
-    a, b = results.losses(arm), results.losses(against)
-    return [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
-
-
-def _compare(results: Results, arm: str, against: str, contrasts: int) -> stats.Paired | None:
-    found = differences(results, arm, against)
-    return stats.paired(found, contrasts=contrasts) if len(found) > 1 else None
-
-
-def margin(results: Results) -> float | None:
-    """Return the margin of equivalence in the metric's unit: a share of the baseline's gain."""
-    untouched, baseline = results.untouched(), results.config.baseline
-    losses = list(results.losses(baseline).values()) if baseline else []
-    if untouched is None or not losses:
-        return None
-    return results.config.margin * (untouched - statistics.fmean(losses))
-
-
-def _contrast_row(
-    results: Results, pair: tuple[str, str], paired: stats.Paired | None, p_holm: float | None
-) -> ContrastRow:
-    band = margin(results)
-    failed = any(r["status"] == "failed" for name in pair for r in results.of(name).values())
-    complete = all(len(results.of(name)) == results.config.seeds.reporting for name in pair)
-    lost = [name for name in pair if hopeless(results.index["rates"][name])]
-    if failed:
-        verdict = "no verdict: a run failed"
-    elif lost:
-        verdict = f"no verdict: every rate of {lost[0]} diverged"
-    elif not complete:
-        verdict = "no verdict yet: runs are missing"
-    elif results.config.seeds.reporting < SCREENING_BELOW or paired is None or p_holm is None:
-        verdict = f"screening: {_seeds(results.config.seeds.reporting)}, no verdict"
-    elif p_holm < 0.05:
-        verdict = "differs: lower loss" if paired.mean < 0 else "differs: higher loss"
-    elif band is not None and band > 0 and _equivalent(results, pair, band):
-        verdict = "equivalent within the margin"
-    else:
-        verdict = f"no difference shown; could have seen {paired.detectable:.4f}"
-    return ContrastRow(*pair, paired, p_holm, band, verdict)
-
-
-def _equivalent(results: Results, pair: tuple[str, str], band: float) -> bool:
-    """Whether TOST says so, at 5 % over all declared contrasts (Bonferroni)."""
-    return stats.equivalent(differences(results, *pair), band, alpha=0.05 / len(results.config.pairs()))
-
-
-def _seeds(count: int) -> str:
+def count_of_seeds(count: int) -> str:
+    """Return "1 seed" or "3 seeds"."""
     return f"{count} seed{'s' if count != 1 else ''}"
 
 
@@ -326,7 +267,7 @@ def captions(results: Results) -> list[str]:
     rows = arm_rows(results)
     seeds = config.seeds.reporting
     rate = "rate tuned per arm on validation" if config.tuned else "rate not tuned"
-    lines = [f"{rate}, {_seeds(seeds)}" + (": no verdict" if seeds < SCREENING_BELOW else "")]
+    lines = [f"{rate}, {count_of_seeds(seeds)}" + (": no verdict" if seeds < SCREENING_BELOW else "")]
     if results.index["exploratory"]:
         lines.append("exploratory: the study was changed after its first run")
     missing = sum(row.wanted - row.done - row.failed for row in rows if row.rate is not None)
@@ -370,11 +311,20 @@ def state_counts(results: Results) -> dict[str, dict[str, int]]:
 def design_warnings(config: StudyConfig) -> list[str]:
     """Return what the study's design cannot answer, said before anything runs."""
     seeds = config.seeds.reporting
+    if not seeds:
+        return ["no reporting seeds: rates are tried on validation rows, and nothing is compared."]
     found = design_answers(seeds, len(config.contrasts))
     if seeds < SCREENING_BELOW:
-        found.insert(0, f"a study of {_seeds(seeds)} screens: verdicts need {SCREENING_BELOW}.")
+        found.insert(0, f"a study of {count_of_seeds(seeds)} screens: verdicts need {SCREENING_BELOW}.")
     if not config.tuned:
-        found.append("one learning rate for every arm: a difference may be the rate's, not the ranks'.")
-    if not config.contrasts:
+        found.append(
+            "learning rates are declared, not tuned: a difference may be the rate's, not the ranks'."
+        )
+    for name, arms in config.ladders.items():
+        found.append(
+            f"ladder {name!r} of {len(arms)} plans is decided at {5 / len(config.ladders):.2g} %: the "
+            "cheapest that is shown to lose less than the margin against each of the others."
+        )
+    if not config.contrasts and not config.ladders:
         found.append("no contrasts are declared: the study describes and decides nothing.")
     return found

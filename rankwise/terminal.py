@@ -19,19 +19,11 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.progress import TimeRemainingColumn as Remaining
 from rich.table import Table
 
+from rankwise.contrasts import ContrastRow, contrast_rows
 from rankwise.errors import visible
 from rankwise.observer import Observer
 from rankwise.store import Store
-from rankwise.tables import (
-    ArmRow,
-    ContrastRow,
-    Results,
-    arm_rows,
-    captions,
-    contrast_rows,
-    design_warnings,
-    state_counts,
-)
+from rankwise.tables import ArmRow, Results, arm_rows, captions, design_warnings, state_counts
 
 if TYPE_CHECKING:
     from rankwise.config import StudyConfig
@@ -109,7 +101,13 @@ def result_table(results: Results) -> Table:
         )
     for index in range(len(rows)):
         table.add_row(*(escape(cells[name][index]) for name in shown))
-    untouched = {"arm": "untouched model", "loss": number(results.untouched())}
+    before = results.untouched_metrics()
+    untouched = {
+        "arm": "untouched model",
+        "loss": number(results.untouched()),
+        "ROUGE-L": number(before.get("generation_rouge_l"), ".3f"),
+        "chrF": number(before.get("generation_chrf"), ".1f"),
+    }
     table.add_row(*(untouched.get(name, "") for name in shown))
     return table
 
@@ -118,30 +116,39 @@ def contrast_table(results: Results) -> Table:
     """Return the declared contrasts, one a line: test loss of an arm minus that of another."""
     rows = contrast_rows(results)
     table = Table(title="declared contrasts: test loss, arm - other", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for heading in ("arm", "other"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("difference", "95 % interval", "p Holm", "p flip"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(*(escape(cell) for cell in _contrast_cells(row)))
+    cells = {name: [cell(row) for row in rows] for name, cell in CONTRASTS.items()}
+    if out.width < 100:
+        del cells["bootstrap"]  # the report has it
+    for name in cells:
+        number_like = name not in ("arm", "other")
+        table.add_column(
+            name, justify="right" if number_like else "left", no_wrap=number_like, overflow="fold"
+        )
+    for place in range(len(rows)):
+        table.add_row(*(escape(found[place]) for found in cells.values()))
     lines = [f"{row.arm} against {row.against}: {row.verdict}" for row in rows]
     if rows and rows[0].margin is not None:
         lines.append(f"margin of equivalence {rows[0].margin:.4f}; p flip: the exact sign-flip test")
+        if "bootstrap" in cells:
+            lines.append("the paired t-interval decides; bootstrap: 95 %, of new seeds and new test rows")
     table.caption = "\n".join(map(escape, lines))
     table.caption_justify = "left"
     return table
 
 
-def _contrast_cells(row: ContrastRow) -> list[str]:
-    p = row.paired
-    return [
-        row.arm,
-        row.against,
-        number(p.mean, "+.4f") if p else "-",
-        f"{p.low:+.4f} {p.high:+.4f}" if p else "-",
-        number(row.p_holm, ".3f"),
-        number(p.p_sign_flip, ".3f") if p else "-",
-    ]
+def _ends(ends: tuple[float, float] | None) -> str:
+    return "-" if ends is None else f"{ends[0]:+.4f} {ends[1]:+.4f}"
+
+
+CONTRASTS: dict[str, Callable[[ContrastRow], str]] = {
+    "arm": lambda row: row.arm,
+    "other": lambda row: row.against,
+    "difference": lambda row: number(row.paired.mean if row.paired else None, "+.4f"),
+    "95 % interval": lambda row: _ends((row.paired.low, row.paired.high) if row.paired else None),
+    "bootstrap": lambda row: _ends(row.bootstrap),
+    "p Holm": lambda row: number(row.p_holm, ".3f"),
+    "p flip": lambda row: number(row.paired.p_sign_flip if row.paired else None, ".3f"),
+}
 
 
 @dataclass

@@ -16,6 +16,7 @@ import pytest
 import scipy.stats
 
 from rankwise import figures
+from rankwise.contrasts import contrast_rows
 from rankwise.errors import RankwiseError
 from rankwise.figures.rows import (
     HeatCell,
@@ -32,7 +33,7 @@ from rankwise.figuretables import (
     size_points,
 )
 from rankwise.store import Store
-from rankwise.tables import Results, contrast_rows
+from rankwise.tables import Results
 from tests.test_figures import words
 
 ARMS = {"uniform": 2.0, "spectral": 1.9, "alpha": 1.95}

@@ -11,10 +11,10 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "rankwise"
 ORDER = """
-    errors aside config seeds stats resampling power ladder selection store tables figures figuretables
-    budget plans savings advice recommend tracking report datasizes sizing evidence inventory strategies
-    cached package_index downloads sources studyfaults studyfile machine models rows data datacard
-    studydata lowrank adapters rankuse generation engine checkpoint train evaluate probes methods
+    errors aside config seeds stats resampling power ladder selection store tables contrasts figures
+    figuretables budget plans savings advice recommend tracking report datasizes sizing evidence inventory
+    strategies cached package_index downloads sources studyfaults studyfile machine models rows data
+    datacard studydata lowrank adapters rankuse engine generation checkpoint train evaluate probes methods
     runconfig run grid speed execution observer reporting study worker workers designing auto borrowed
     calibration explaining agreement measuring planning export terminal doctor cli __init__ __main__
 """.split()
@@ -22,9 +22,9 @@ ORDER = """
 
 TORCH_FREE = [
     "config", "studyfile", "budget", "stats", "resampling", "power", "ladder", "store", "selection",
-    "tables", "figures", "figuretables", "plans", "evidence", "strategies", "calibration", "explaining",
-    "agreement", "planning", "savings", "advice", "recommend", "tracking", "report", "datasizes",
-    "sizing",
+    "tables", "contrasts", "figures", "figuretables", "plans", "evidence", "strategies",
+    "calibration", "explaining", "agreement", "planning", "savings", "advice", "recommend",
+    "tracking", "report", "datasizes", "sizing",
 ]  # fmt: skip
 
 

@@ -20,6 +20,7 @@ import yaml
 
 from rankwise import figuretables
 from rankwise.config import StudyConfig
+from rankwise.contrasts import contrast_rows
 from rankwise.errors import RankwiseError
 from rankwise.figures import LOOKS
 from rankwise.figures.rows import RankUse
@@ -32,7 +33,7 @@ from rankwise.report.opening import missing_runs, opening, state, warnings
 from rankwise.report.page import page
 from rankwise.report.settings import study_yaml
 from rankwise.store import Store
-from rankwise.tables import Results, arm_rows, contrast_rows
+from rankwise.tables import Results, arm_rows
 
 ROOT = Path(__file__).parent.parent
 EVIL = "<script>alert(1)</script>"

@@ -16,11 +16,12 @@ import torch
 from typer.testing import CliRunner, Result
 
 from rankwise import cli, stats
+from rankwise.contrasts import ContrastRow, contrast_rows
 from rankwise.errors import RankwiseError
 from rankwise.observer import Observer
 from rankwise.store import Store
 from rankwise.study import run_study
-from rankwise.tables import ContrastRow, Results, arm_rows, captions, contrast_rows, design_warnings
+from rankwise.tables import Results, arm_rows, captions, design_warnings
 from tests.conftest import alpaca_rows, byte_tokenizer, tiny_llama, write_study
 from tests.parts import opened
 

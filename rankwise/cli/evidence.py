@@ -87,6 +87,7 @@ def auto(
         out.print(answer.table())
         for line in answer.sentences():
             say(line)
+        raise typer.Exit(1 if answer.results.lost() else 0)
 
 
 @app.command()
@@ -115,4 +116,11 @@ def _results(study: Path, results: Path, overrides: list[str] | None) -> tables.
 
     config = read_study(study, tuple(overrides or ())).config
     by_size = datasizes.records(config, results)
-    return by_size[max(by_size)] if by_size else Records(Store(results, config.name))
+    if by_size:
+        return by_size[max(by_size)]
+    found = Records(Store(results, config.name))
+    if found.config != config:
+        from rankwise.terminal import err, say
+
+        say("note: the study has changed since its last run; what follows is as of that run", err)
+    return found

@@ -104,8 +104,7 @@ def _tell_sizes(config: StudyConfig, results: Path) -> None:
         from rankwise import datasizes
         from rankwise.terminal import say
 
-        found = datasizes.records(config, results)
-        for line in datasizes.told(datasizes.agreements(found), max(found, default=0)):
+        for line in datasizes.told(datasizes.records(config, results)):
             say(line)
 
 

@@ -10,10 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from rankwise.contrasts import ContrastRow, contrast_rows
 from rankwise.figures.rows import Cost
 from rankwise.figuretables import cost_rows, loss_points, rate_points, strategy_of
 from rankwise.stats import Paired
-from rankwise.tables import ArmRow, ContrastRow, Results, arm_rows, contrast_rows
+from rankwise.tables import ArmRow, Results, arm_rows
 
 Kind = Literal["text", "whole", "number", "flag"]
 NOTHING = "–"  # noqa: RUF001 (a dash where there is nothing to show)

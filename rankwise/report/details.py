@@ -11,12 +11,13 @@ from typing import Any
 from matplotlib import colormaps
 
 from rankwise import figuretables
+from rankwise.contrasts import ContrastRow, contrast_rows
 from rankwise.errors import RankwiseError
 from rankwise.figures.ranks import COLOURS
 from rankwise.figures.rows import HeatCell, RankUse
 from rankwise.report.marks import known
 from rankwise.report.traces import by_arm, form, interval, short
-from rankwise.tables import ArmRow, ContrastRow, Results, arm_rows, contrast_rows
+from rankwise.tables import ArmRow, Results, arm_rows
 
 SHOWN = 8
 """Rows won and rows lost that an arm lists, each."""

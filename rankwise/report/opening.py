@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from rankwise.config import SCREENING_BELOW
-from rankwise.tables import ContrastRow, Results, arm_rows, captions, contrast_rows, design_warnings, hopeless
+from rankwise.contrasts import ContrastRow, contrast_rows
+from rankwise.tables import Results, arm_rows, captions, design_warnings, hopeless
 
 UNDECIDED = ("no verdict", "screening")
 NONE_SHOWN = "no difference shown"

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from rankwise.contrasts import contrast_rows
 from rankwise.figuretables import loss_points
 from rankwise.report.columns import NOTHING
 from rankwise.report.details import budget_of, ends
 from rankwise.report.traces import form, interval
-from rankwise.tables import ArmRow, Results, arm_rows, contrast_rows
+from rankwise.tables import ArmRow, Results, arm_rows
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,9 @@ def contrast_lines(results: Results) -> Lines:
     columns = [
         ("arm", ""), ("against", ""), ("verdict", "what may be said"),
         ("difference", "loss of the arm minus the other"),
-        ("95 % interval", "paired t-interval"), ("p Holm", "paired t-test, adjusted for all contrasts"),
+        ("95 % interval", "paired t-interval, which decides"),
+        ("bootstrap", "95 %, of new seeds and new test rows"),
+        ("p Holm", "paired t-test, adjusted for all contrasts"),
         ("p flip", "exact sign-flip test"), ("could see", "difference found in 80 of 100 such studies"),
     ]  # fmt: skip
     lines: list[tuple[int | None, list[str]]] = []
@@ -119,10 +122,11 @@ def contrast_lines(results: Results) -> Lines:
         p = row.paired
         numbers = [
             form(p.mean if p else None, "+.4f"), interval(p.low, p.high, "+.4f") if p else NOTHING,
+            interval(*row.bootstrap, "+.4f") if row.bootstrap else NOTHING,
             form(row.p_holm, ".3f"), form(p.p_sign_flip if p else None, ".3f"),
             form(p.detectable if p else None),
         ]  # fmt: skip
         lines.append((place[row.arm], [row.arm, row.against, row.verdict, *numbers]))
     band = rows[0].margin if rows else None
     shared = f"margin of equivalence {band:.4f} to either side" if band is not None else ""
-    return Lines(columns, [False] * 3 + [True] * 5, lines, shared)
+    return Lines(columns, [False] * 3 + [True] * 6, lines, shared)

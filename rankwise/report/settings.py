@@ -18,10 +18,14 @@ METHODS = (
     "start and the order of rows. Within a seed all arms share those draws, so arms are compared in pairs.",
     "The test rows are common to all seeds; training, validation and test rows never meet. The last step is "
     "evaluated: there is no early stopping.",
-    "Learning rates are chosen on validation rows with tuning seeds that are not reporting seeds.",
+    "Where learning rates are tuned, they are chosen per arm on validation rows, with seeds that are not "
+    "reporting seeds.",
     "Paired t-intervals decide, with p-values adjusted by Holm over the declared contrasts; the exact "
-    "sign-flip test is shown beside them. Equivalence is two one-sided paired t-tests against the study's "
-    "margin. A contrast with a failed run gets no verdict.",
+    "sign-flip test, and a bootstrap that draws seeds and test rows crosswise, are shown beside them. "
+    "Equivalence is two one-sided paired t-tests against the study's margin. A contrast with a failed run "
+    "gets no verdict.",
+    "A ladder's recommendation is the cheapest plan that one-sided paired t-tests show to lose less than the "
+    "margin against each other plan of its ladder, going down from the largest; all ladders share 5 %.",
     "A loss is in nats per response token. A loss's 95 % interval is the t-interval over the seeds.",
 )
 
