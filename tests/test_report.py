@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import base64
-import csv
 import hashlib
 import json
-import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -25,102 +20,16 @@ from rankwise.errors import RankwiseError
 from rankwise.figures import LOOKS
 from rankwise.figures.rows import RankUse
 from rankwise.report import export_tables, write_report
-from rankwise.report.columns import tables
 from rankwise.report.details import row_differences
-from rankwise.report.exports import latex, markdown
 from rankwise.report.marks import SYMBOLS
 from rankwise.report.opening import missing_runs, opening, state, warnings
 from rankwise.report.page import page
 from rankwise.report.settings import study_yaml
 from rankwise.store import Store
 from rankwise.tables import Results, arm_rows
+from tests.made_up import DATA_TEXT, EVIL, LOSSES, ROOT, TEX, made_up
 
-ROOT = Path(__file__).parent.parent
-EVIL = "<script>alert(1)</script>"
-TEX = "\\input{x} $x^2$ & 50% | `a` _b_"
-LOSSES = {"uniform": 2.0, "spectral": 1.9, EVIL: 2.001, TEX: 1.95}
-DATA_TEXT = {f"h{i}": (f"{EVIL} prompt {i}", f"{TEX} response {i}") for i in range(4)}
 VERDICT_WORDS = re.compile(r"\b(better|worse|outperform\w*|significant\w*|equivalent|superior|best)\b", re.I)
-
-
-def made_up(
-    folder: Path,
-    *,
-    seeds: int = 6,
-    wanted: int | None = None,
-    arms: tuple[str, ...] = tuple(LOSSES),
-    failed: dict[str, int] | None = None,
-    tuning: bool = False,
-    **changes: Any,
-) -> Results:
-    """A study of 4 arms, two of them with names that are code elsewhere; `failed`: arm -> its failed seed."""
-    place = folder / "made-up"
-    noise = np.random.default_rng(0).normal(0, 0.004, (len(arms), max(seeds, 1)))
-    runs = [record(place, "untouched", "untouched", 0, 3.0)]
-    for i, arm in enumerate(arms):
-        for seed in range(seeds):
-            loss = None if (failed or {}).get(arm) == seed else LOSSES[arm] + float(noise[i, seed])
-            short = f"arm{i}"  # records lie in folders, whose names are hashes
-            run = record(place, short, "reporting", seed, loss)
-            if loss is not None:
-                (place / "runs" / run["run_id"] / "plan.json").write_text(json.dumps(plan_of(i)))
-            runs.append({**run, "arm": arm})
-    grid = [{"rate": 1e-3, "losses": [2.1]}, {"rate": 3e-3, "losses": [None]}]
-    strategies = {"uniform": "uniform", "spectral": "spectral", EVIL: "eva", TEX: "gora"}
-    config = {
-        "name": "made-up", "model": "file:<img src=x onerror=alert(2)>",
-        "data": {"source": "file:rows.json", "train": 8, "validation": 4, "test": 4, "reserved": 4},
-        "train": {"step_examples": 4, "learning_rates": [1e-3, 3e-3]},
-        "seeds": {"tuning": 1, "reporting": wanted or max(seeds, 1)}, "baseline": "uniform",
-        "contrasts": [arm for arm in arms if arm in ("spectral", EVIL)],
-        "arms": {arm: {"strategy": strategies[arm], "budget": "r=8" if arm == TEX else "r=2"}
-                 for arm in arms},
-        **changes,
-    }  # fmt: skip
-    index = {
-        "config": config,
-        "resolved": {"device": "cpu", "dtype": "fp32", "threads": 1, "engine": "plain",
-                     "model": "f1", "data": "f2", "notices": ["2 of 20 rows are cut at max_length."]},
-        "exploratory": False, "tuning_unfinished": tuning, "runs": runs,
-        "rates": {arm: {"rate": None if tuning else 1e-3, "how": "tuned", "at_edge": arm == "spectral",
-                        "grid": grid} for arm in arms},
-    }  # fmt: skip
-    (place / "store.json").write_text('{"format": 1}')
-    (place / "study.json").write_text(json.dumps(index))
-    return Results(Store(folder, "made-up"))
-
-
-def record(folder: Path, name: str, role: str, seed: int, loss: float | None) -> dict[str, Any]:
-    """Write a run's record, as `run` does; the loss of test row i is the run's + i / 10 at 2 tokens each."""
-    place = folder / "runs" / f"{name}-{seed}"
-    place.mkdir(parents=True)
-    info: dict[str, Any] = {"status": "failed", "metrics": {}, "num_trainable_params": 100}
-    if loss is not None:
-        info = {
-            "metrics": {"test_loss": loss, "test_token_accuracy": 0.5, "test_bits_per_byte": 1.0,
-                        "test_tokens": 8, "general_loss": loss + 1},
-            "num_trainable_params": 100 + seed, "train_time": 10.0 + seed, "evaluation_time": 1.0,
-            "tokens_per_second": 1.0, "process_peak_bytes": 2**30 + seed, "file_size": 1000, "probes": [],
-            "rank_use": {"stable_rank": 1.5, "units_share": 0.5},
-        }  # fmt: skip
-        rows = {"row_hash": [f"h{i}" for i in range(4)], "nll": [2 * (loss + i / 10) for i in range(4)]}
-        pq.write_table(pa.table({**rows, "tokens": [2] * 4}), place / "examples.parquet")
-        used = {"module": ["layers.0.q", "layers.1.q"], "rank": [2, 4], "stable_rank": [1.25, 1.5 + seed]}
-        pq.write_table(pa.table(used), place / "rank_use.parquet")
-        steps = [{"step": step, "loss": loss + 1 - step / 10, "seconds": 1.5} for step in range(6)]
-        (place / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
-    failure = None if loss is not None else {"step": 3, "reason": "diverged"}
-    whole = {"run_id": place.name, "status": "failed" if failure else "done", "failure": failure}
-    (place / "result.json").write_text(json.dumps({**whole, "train_info": info}))
-    return {"arm": name, "role": role, "seed": seed, "rate": 1e-3, "run_id": place.name}
-
-
-def plan_of(arm: int) -> dict[str, Any]:
-    names = [(f"layers.{layer}.{part}", layer, part) for layer in range(3) for part in ("q", "v<b>")]
-    return {
-        "ranks": {name: (layer + arm) % 4 for name, layer, _ in names}, "budget": 100,
-        "modules": [{"name": name, "layer": layer, "part": part} for name, layer, part in names],
-    }  # fmt: skip
 
 
 class Reader(HTMLParser):
@@ -397,64 +306,3 @@ def test_a_place_that_cannot_be_written_is_told(results: Results, tmp_path: Path
                   lambda: export_tables(results, tmp_path / "file")):  # fmt: skip
         with pytest.raises(RankwiseError, match="cannot be written"):
             write()
-
-
-def test_csv_and_parquet_are_read_back_as_the_tables(results: Results, tmp_path: Path):
-    export_tables(results, tmp_path)
-    for table in tables(results):
-        names = [column.name for column in table.columns]
-        stored = pq.read_table(tmp_path / f"{table.name}.parquet")
-        assert stored.column_names == names and [tuple(row.values()) for row in stored.to_pylist()] == list(
-            table.rows
-        )
-        with (tmp_path / f"{table.name}.csv").open(encoding="utf-8", newline="") as file:
-            lines = list(csv.reader(file))
-        assert lines[0] == names and len(lines) == len(table.rows) + 1
-        read = {
-            "text": str,
-            "whole": int,
-            "number": float,
-            "flag": lambda text: {"True": True, "False": False}[text],
-        }
-        for line, row in zip(lines[1:], table.rows, strict=True):
-            for text, value, column in zip(line, row, table.columns, strict=True):
-                assert (None if text == "" else read[column.kind](text)) == value, column.name
-
-
-def test_the_tables_are_those_of_the_study(results: Results):
-    found = {table.name: table for table in tables(results)}
-    assert list(found) == ["arms", "contrasts", "learning_rates", "costs", "runs"]
-
-    def column(table: str, name: str) -> list[Any]:
-        place = [c.name for c in found[table].columns].index(name)
-        return [row[place] for row in found[table].rows]
-
-    assert column("arms", "loss") == [row.loss for row in arm_rows(results)]
-    assert column("arms", "lowest_ranks") == [row.ranks and row.ranks[0] for row in arm_rows(results)]
-    assert column("contrasts", "verdict") == [row.verdict for row in contrast_rows(results)]
-    assert column("runs", "run_id") == [run["run_id"] for run in results.index["runs"]]
-    for run_id, loss in zip(column("runs", "run_id"), column("runs", "test_loss"), strict=True):
-        assert loss == results.records[run_id]["train_info"]["metrics"]["test_loss"]
-    assert "test_bits_per_byte" in [c.name for c in found["runs"].columns]
-
-
-def test_latex_and_markdown_show_names_as_they_are(results: Results, tmp_path: Path):
-    assert latex(TEX) == (
-        r"\textbackslash{}input\{x\} \$x\textasciicircum{}2\$ \& 50\% \textbar{} "
-        r"\textasciigrave{}a\textasciigrave{} \_b\_"
-    )
-    assert latex("---[x]") == r"-{}-{}-{[}x{]}"
-    assert markdown("a|b `c` <i> *d* \n") == r"a\|b \`c\` &lt;i\> \*d\* \\n"
-    export_tables(results, tmp_path)
-    tex = (tmp_path / "arms.tex").read_text(encoding="utf-8")
-    body = tex.split("\\midrule\n")[1].split("\\bottomrule")[0].strip().split("\n")
-    columns = len(tables(results)[0].columns)
-    assert len(body) == 4 and all(line.endswith(r" \\") for line in body)
-    assert all(len(re.findall(r"(?<!\\)&", line)) == columns - 1 for line in body)
-    assert "\\input" not in tex and r"\textless{}script\textgreater{}" in tex
-    contrasts = (tmp_path / "contrasts.tex").read_text(encoding="utf-8")
-    assert "$-$0." in contrasts and not math.isnan(contrast_rows(results)[0].p_holm or math.nan)
-    for table in tables(results):
-        lines = (tmp_path / f"{table.name}.md").read_text(encoding="utf-8").splitlines()[2:]
-        assert len(lines) == len(table.rows) + 2
-        assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {len(table.columns) + 1}

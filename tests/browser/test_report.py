@@ -18,7 +18,7 @@ import pytest
 from rankwise.report import write_report
 from rankwise.store import Store
 from rankwise.tables import Results
-from tests.test_report import DATA_TEXT, EVIL, ROOT, TEX, made_up
+from tests.made_up import DATA_TEXT, EVIL, ROOT, TEX, made_up
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
 from selenium.webdriver.common.by import By  # noqa: E402

@@ -1,0 +1,85 @@
+"""The tables as files: read back as they were, and names shown as they are."""
+
+from __future__ import annotations
+
+import csv
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from rankwise.contrasts import contrast_rows
+from rankwise.report import export_tables
+from rankwise.report.columns import tables
+from rankwise.report.exports import latex, markdown
+from rankwise.tables import Results, arm_rows
+from tests.made_up import TEX, made_up
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    return made_up(tmp_path_factory.mktemp("report"))
+
+
+def test_csv_and_parquet_are_read_back_as_the_tables(results: Results, tmp_path: Path):
+    export_tables(results, tmp_path)
+    for table in tables(results):
+        names = [column.name for column in table.columns]
+        stored = pq.read_table(tmp_path / f"{table.name}.parquet")
+        assert stored.column_names == names and [tuple(row.values()) for row in stored.to_pylist()] == list(
+            table.rows
+        )
+        with (tmp_path / f"{table.name}.csv").open(encoding="utf-8", newline="") as file:
+            lines = list(csv.reader(file))
+        assert lines[0] == names and len(lines) == len(table.rows) + 1
+        read = {
+            "text": str,
+            "whole": int,
+            "number": float,
+            "flag": lambda text: {"True": True, "False": False}[text],
+        }
+        for line, row in zip(lines[1:], table.rows, strict=True):
+            for text, value, column in zip(line, row, table.columns, strict=True):
+                assert (None if text == "" else read[column.kind](text)) == value, column.name
+
+
+def test_the_tables_are_those_of_the_study(results: Results):
+    found = {table.name: table for table in tables(results)}
+    assert list(found) == ["arms", "contrasts", "learning_rates", "costs", "runs"]
+
+    def column(table: str, name: str) -> list[Any]:
+        place = [c.name for c in found[table].columns].index(name)
+        return [row[place] for row in found[table].rows]
+
+    assert column("arms", "loss") == [row.loss for row in arm_rows(results)]
+    assert column("arms", "lowest_ranks") == [row.ranks and row.ranks[0] for row in arm_rows(results)]
+    assert column("contrasts", "verdict") == [row.verdict for row in contrast_rows(results)]
+    assert column("runs", "run_id") == [run["run_id"] for run in results.index["runs"]]
+    for run_id, loss in zip(column("runs", "run_id"), column("runs", "test_loss"), strict=True):
+        assert loss == results.records[run_id]["train_info"]["metrics"]["test_loss"]
+    assert "test_bits_per_byte" in [c.name for c in found["runs"].columns]
+
+
+def test_latex_and_markdown_show_names_as_they_are(results: Results, tmp_path: Path):
+    assert latex(TEX) == (
+        r"\textbackslash{}input\{x\} \$x\textasciicircum{}2\$ \& 50\% \textbar{} "
+        r"\textasciigrave{}a\textasciigrave{} \_b\_"
+    )
+    assert latex("---[x]") == r"-{}-{}-{[}x{]}"
+    assert markdown("a|b `c` <i> *d* \n") == r"a\|b \`c\` &lt;i\> \*d\* \\n"
+    export_tables(results, tmp_path)
+    tex = (tmp_path / "arms.tex").read_text(encoding="utf-8")
+    body = tex.split("\\midrule\n")[1].split("\\bottomrule")[0].strip().split("\n")
+    columns = len(tables(results)[0].columns)
+    assert len(body) == 4 and all(line.endswith(r" \\") for line in body)
+    assert all(len(re.findall(r"(?<!\\)&", line)) == columns - 1 for line in body)
+    assert "\\input" not in tex and r"\textless{}script\textgreater{}" in tex
+    contrasts = (tmp_path / "contrasts.tex").read_text(encoding="utf-8")
+    assert "$-$0." in contrasts and not math.isnan(contrast_rows(results)[0].p_holm or math.nan)
+    for table in tables(results):
+        lines = (tmp_path / f"{table.name}.md").read_text(encoding="utf-8").splitlines()[2:]
+        assert len(lines) == len(table.rows) + 2
+        assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {len(table.columns) + 1}
