@@ -1,7 +1,7 @@
 """The command line: parse, call, print. What the commands do lives in the rooms that they call.
 
 options.py    the application, shared options
-plans.py      doctor, data, plan, shrink
+plans.py      doctor, data, plan, inspect, export, shrink
 studies.py    train, study run|status|validate|schema
 evidence.py   report, recommend, auto, track
 """

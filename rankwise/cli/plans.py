@@ -1,4 +1,4 @@
-"""Commands about one machine, one data set, one plan or one adapter: doctor, data, plan, shrink."""
+"""Commands about a machine, data, a plan or an adapter: doctor, data, plan, inspect, export, shrink."""
 
 from __future__ import annotations
 
@@ -119,6 +119,49 @@ def plan(
     if out_file is not None:
         found.plan.save(out_file)
         say(f"written to {out_file}")
+
+
+@app.command()
+def inspect(
+    adapter: Annotated[Path, typer.Argument(help="folder of a PEFT LoRA adapter, anyone's")],
+    model: Annotated[str | None, typer.Option(help="source of the base: also check that it fits")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
+) -> None:
+    """Compare an adapter's tensors with what it declares, and say which programs would serve it wrongly."""
+    from rankwise.export.inspecting import inspect_adapter
+    from rankwise.terminal import out, say
+
+    found = inspect_adapter(adapter, model=model)
+    if as_json:
+        print(json.dumps(found.as_dict(), indent=1))
+        return
+    out.print(found.ranks())
+    out.print(found.table())
+    say(found.summary())
+
+
+@app.command()
+def export(
+    adapter: Annotated[Path, typer.Argument(help="folder of a PEFT LoRA adapter, anyone's")],
+    out_dir: Annotated[Path, typer.Option("--out", help="new folder")],
+    max_rank: Annotated[int | None, typer.Option(help="truncate every update to this rank", min=1)] = None,
+    dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; else as stored")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="source of the base, for shapes of absent modules")
+    ] = None,
+    tgi: Annotated[bool, typer.Option("--tgi", help="also pad as TGI wants it")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
+) -> None:
+    """Write an adapter that every server scales alike: scales folded into B, one rank, no patterns."""
+    from rankwise.export.uniform import export_uniform
+    from rankwise.terminal import out, say
+
+    done = export_uniform(adapter, out_dir, max_rank=max_rank, dtype=dtype, model=model, tgi=tgi)
+    if as_json:
+        print(json.dumps(done.as_dict(), indent=1))
+        return
+    out.print(done.table())
+    say(done.summary())
 
 
 @app.command()
