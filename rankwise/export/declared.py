@@ -22,6 +22,8 @@ _OTHER_LORA = {
     "arrow_config": "Arrow",
     "kasa_config": "KaSA",
     "monteclora_config": "Monte Carlo LoRA",
+    "alora_invocation_tokens": "activated LoRA",
+    "layer_replication": "replicated layers",
 }
 # Starts that also change the base weights when the adapter is loaded, by an amount that depends on its rank.
 _BASE_CHANGING = ("pissa", "corda", "olora", "loftq", "lora_ga")
