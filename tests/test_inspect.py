@@ -203,6 +203,6 @@ def test_a_base_that_does_not_fit(adapters: dict[str, Path], tmp_path: Path):
 def test_an_activated_lora_is_refused(adapters: dict[str, Path], tmp_path: Path):
     folder = edited(adapters["plain"], tmp_path / "a", alora_invocation_tokens=[1, 2])
     before = files(tmp_path)
-    with pytest.raises(RankwiseError, match="works on some tokens alone"):
+    with pytest.raises(RankwiseError, match="activated LoRA is more than a sum of s B A"):
         inspect_adapter(folder)
     assert files(tmp_path) == before

@@ -199,7 +199,7 @@ def read_checked(folder: str | Path, model: str | None) -> tuple[Adapter, Shapes
 
     Raises:
         RankwiseError: whatever `read_adapter` refuses; names of tensors that are no dotted module names;
-            an adapter that works on some tokens alone (aLoRA); a base of other shapes or without a module.
+            a base of other shapes or without a module.
     """
     adapter = read_adapter(folder)
     for name in (*(PREFIX + update.name for update in every(adapter)), *adapter.extras):
@@ -208,11 +208,6 @@ def read_checked(folder: str | Path, model: str | None) -> tuple[Adapter, Shapes
                 f"{adapter.folder}: a tensor must be called by a dotted name of letters, digits, _ and -; "
                 f"got {visible(name)!r}."
             )
-    if adapter.config.get("alora_invocation_tokens"):
-        raise RankwiseError(
-            f"{adapter.folder}: an activated LoRA (alora_invocation_tokens) works on some tokens alone, "
-            "which is more than a sum of s B A, and not supported."
-        )
     shapes = _shapes(adapter, model)
     notices = () if shapes is None else _fit(adapter, shapes, model)
     return adapter, shapes, notices
