@@ -13,25 +13,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft.utils.other import get_pattern_key
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.pytorch_utils import Conv1D
 
 from rankwise import lowrank
 from rankwise.errors import RankwiseError, visible
 from rankwise.export.adapter_files import PREFIX, Adapter, Update, read_adapter
+from rankwise.export.bases import Shapes, fit, shapes_of, skeleton
 from rankwise.export.programs import PROGRAMS, Verdict, every, judge
 from rankwise.plans import short
 
 SHARE = 0.9
 """Of an update's energy (its squared singular values); the units that hold it are the units in use."""
-
-Shapes = Mapping[str, tuple[int, int]]
-"""Module -> (in_features, out_features); of an embedding (tokens, width)."""
 
 _PLAIN_NAME = re.compile(r"[\w-]+(?:\.[\w-]+)*", re.ASCII)
 
@@ -208,8 +203,9 @@ def read_checked(folder: str | Path, model: str | None) -> tuple[Adapter, Shapes
                 f"{adapter.folder}: a tensor must be called by a dotted name of letters, digits, _ and -; "
                 f"got {visible(name)!r}."
             )
-    shapes = _shapes(adapter, model)
-    notices = () if shapes is None else _fit(adapter, shapes, model)
+    base = skeleton(adapter, model)
+    shapes = None if base is None else shapes_of(base)
+    notices = () if shapes is None else fit(adapter, shapes, model)
     return adapter, shapes, notices
 
 
@@ -270,53 +266,6 @@ def _idle(adapter: Adapter) -> dict[str, tuple[str, ...]]:
         used = {get_pattern_key(keys, name) for name in names}
         found[field] = tuple(key for key in keys if key not in used)
     return found
-
-
-def _shapes(adapter: Adapter, model: str | None) -> Shapes | None:
-    """Return the base's shapes: of `model`, or of a folder on this machine that the adapter names."""
-    if model is not None:
-        from rankwise import models  # a base is seldom asked for
-
-        return _shapes_of(models.skeleton(model))
-    named = Path(adapter.declared.base_model_name_or_path or "").expanduser()
-    if adapter.declared.task_type not in (None, "CAUSAL_LM") or not (named / "config.json").is_file():
-        return None
-    try:
-        config = AutoConfig.from_pretrained(named, local_files_only=True, trust_remote_code=False)
-        with torch.device("meta"):
-            return _shapes_of(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
-    except (OSError, ValueError, KeyError):
-        return None
-
-
-def _shapes_of(model: Any) -> Shapes:
-    shapes = {}
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear):
-            shapes[name] = module.in_features, module.out_features
-        elif isinstance(module, Conv1D):
-            shapes[name] = module.nx, module.nf
-        elif isinstance(module, torch.nn.Embedding):
-            shapes[name] = module.num_embeddings, module.embedding_dim
-    return shapes
-
-
-def _fit(adapter: Adapter, shapes: Shapes, model: str | None) -> tuple[str, ...]:
-    """Refuse a base of other shapes; one without a module only where the person has named it."""
-    base = model or adapter.declared.base_model_name_or_path
-    missing = [update.name for update in every(adapter) if update.name not in shapes]
-    if missing and model is not None:
-        raise RankwiseError(
-            f"{adapter.folder} does not fit {base}, which has no module {missing[0]!r}. Is it the right base?"
-        )
-    for update in every(adapter):
-        wanted, there = (update.a.shape[1], update.b.shape[0]), shapes.get(update.name)
-        if there is not None and there != wanted:
-            raise RankwiseError(
-                f"{adapter.folder} does not fit {base}: {update.name!r} maps {wanted[0]} to {wanted[1]} in "
-                f"the adapter and {there[0]} to {there[1]} there. Is it the right base?"
-            )
-    return (f"{base} has no module {missing[0]!r} as a causal language model",) if missing else ()
 
 
 def _sentence(verdict: Verdict) -> str:

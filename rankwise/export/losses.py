@@ -19,7 +19,8 @@ from rankwise import adapters, models, rows, sources
 from rankwise.data import Example, prepare
 from rankwise.errors import RankwiseError
 from rankwise.evaluate import evaluate
-from rankwise.export.adapter_files import Adapter, Update
+from rankwise.export.adapter_files import Adapter
+from rankwise.export.bases import base_source, fit, shapes_of
 
 MICRO_TOKENS = 4096
 
@@ -109,8 +110,7 @@ def open_bench(
     source = base_source(adapter, model)
     note(f"loading {source}")
     base = models.load(source, "fp32", "cuda" if torch.cuda.is_available() else "cpu")
-    for update in (*adapter.updates, *adapter.embeddings):
-        _need_fit(base, update)
+    fit(adapter, shapes_of(base.model), source)
     prepared = prepare(
         read, base.tokenizer, train=0, validation=0, test=0, reserved=0, max_length=max_length, source=data
     )
@@ -118,44 +118,3 @@ def open_bench(
     if not examples:
         raise RankwiseError(f"{data} holds no row that can be scored: all {read.total} are rejected.")
     return Bench(base, data, examples)
-
-
-def base_source(adapter: Adapter, model: str | None) -> str:
-    """Return the source of an adapter's base model: as given, or as the adapter names it.
-
-    Raises:
-        RankwiseError: neither names one.
-    """
-    if model is not None:
-        return model
-    named = adapter.declared.base_model_name_or_path
-    if not named:
-        raise RankwiseError(f"{adapter.folder} does not name its base model; name it with --model.")
-    if Path(named).expanduser().exists() or named.startswith(("/", ".", "~")):
-        source = f"file:{named}"
-    else:
-        source = f"hf:{named}" + (f"@{adapter.declared.revision}" if adapter.declared.revision else "")
-    try:
-        sources.fetch(source, kind="model")
-    except RankwiseError as error:
-        raise RankwiseError(
-            f"The adapter's base model {named!r} cannot be had ({error}) Name it with --model."
-        ) from None
-    return source
-
-
-def _need_fit(base: models.Base, update: Update) -> None:
-    """Refuse a base without that module, or with one of another shape."""
-    wanted = update.a.shape[1], update.b.shape[0]
-    try:
-        weight = base.model.get_submodule(update.name).weight
-    except AttributeError:
-        raise RankwiseError(
-            f"The adapter does not fit {base.source}, which has no module {update.name!r}. Is it the "
-            "right base?"
-        ) from None
-    if sorted(weight.shape) != sorted(wanted):  # Conv1D and embeddings store theirs transposed
-        raise RankwiseError(
-            f"The adapter does not fit {base.source}: {update.name!r} maps {wanted[0]} to {wanted[1]} in the "
-            f"adapter and has a weight {tuple(weight.shape)} there. Is it the right base?"
-        )

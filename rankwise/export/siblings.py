@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from rankwise.export.adapter_files import Adapter, Update
-from rankwise.export.inspecting import Shapes
+from rankwise.export.bases import Shapes
 from rankwise.export.programs import FUSED
 
 _LAYER = re.compile(r"(?P<before>(?:.*\.)?layers)\.(?P<layer>\d+)\.(?P<after>.+)")

@@ -12,7 +12,6 @@ compared with what the original adds.
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -23,8 +22,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from rankwise import lowrank
-from rankwise.errors import RankwiseError, one_of
+from rankwise.errors import RankwiseError
 from rankwise.export.adapter_files import (
     Adapter,
     Update,
@@ -33,31 +31,19 @@ from rankwise.export.adapter_files import (
     write_adapter,
     written_aside,
 )
+from rankwise.export.cuts import (
+    TOLERANCE,
+    ExportedModule,
+    costs_of,
+    cut,
+    cut_lines,
+    difference,
+    dtype_of,
+    need_rank,
+)
 from rankwise.export.inspecting import read_checked, verdict_table
 from rankwise.export.programs import PROGRAMS, Verdict, every, judge, tgi_rank, vllm_rank
 from rankwise.export.siblings import zero_updates
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-"""Relative difference of a module's update that is rounding: 1e-5 as the format promises in fp32; in half
-precision two factors are rounded, by 2^-9 (bf16) or 2^-12 (fp16) of each value at most."""
-
-
-@dataclass(frozen=True)
-class ExportedModule:
-    """One module: what it had, and what truncation costs it.
-
-    `lost` is the share of its energy (squared singular values) that is gone, `error` the relative Frobenius
-    distance of the update, its root; both are 0 where nothing was cut. `rank_before` is 0 where zeros were
-    filled in.
-    """
-
-    name: str
-    rank_before: int
-    rank_after: int
-    scale_before: float
-    lost: float
-    error: float
 
 
 @dataclass(frozen=True)
@@ -117,10 +103,7 @@ class Exported:
         ]
         if self.filled:
             lines.append(f"{len(self.filled)} modules without an update of their own hold zeros")
-        if cut := sorted((m for m in self.modules if m.lost), key=lambda m: -m.error):
-            at = max(m.rank_after for m in cut)
-            lines.append(f"cut to rank {at}: {len(cut)} modules; relative error, energy lost")
-            lines += [f"  {m.name}: {m.error:.2%}, {m.lost:.2%} (rank {m.rank_before})" for m in cut]
+        lines += cut_lines(self.modules)
         worst = max(self.differences.values())
         lines.append(f"checked under {len(self.differences)} rules of programs: updates within {worst:.1e}")
         lines += [f"{name}: {flags}" for name, flags in self.flags.items()]
@@ -160,9 +143,8 @@ def export_uniform(
     Cost: per module an SVD of (R, r + R) for each rule that is checked; no base weights are read.
     """
     target = Path(out)
-    kind = _dtype(dtype)
-    if max_rank is not None and max_rank < 1:
-        raise RankwiseError(f"max_rank must be 1 or more; got {max_rank}.")
+    kind = dtype_of(dtype)
+    need_rank(max_rank)
     need_new(target)
     source, shapes, notices = read_checked(adapter, model)
     wanted = [_folded(update, max_rank) for update in every(source)]
@@ -184,7 +166,7 @@ def export_uniform(
         out=target,
         rank=rank,
         dtype=", ".join(sorted({str(u.b.dtype).removeprefix("torch.") for u in written})),
-        modules=_modules(source, wanted, zeros),
+        modules=costs_of(source, wanted, zeros),
         parameters_before=sum(update.parameters for update in every(source)),
         parameters_after=sum(update.parameters for update in written),
         bytes_before=source.size,
@@ -199,20 +181,9 @@ def export_uniform(
 # --- the tensors -----------------------------------------------------------------------------------
 
 
-def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    if dtype is None or dtype in DTYPES.values():
-        return dtype  # type: ignore[return-value]
-    if str(dtype) not in DTYPES:
-        raise RankwiseError(one_of("dtype", str(dtype), DTYPES))
-    return DTYPES[str(dtype)]
-
-
 def _folded(update: Update, max_rank: int | None) -> Update:
     """Return an update of scale 1 in double precision, cut to a rank where it has more."""
-    a, b = update.a.double(), update.scale * update.b.double()
-    if max_rank is not None and update.rank > max_rank:
-        a, b = lowrank.truncate(a, b, max_rank)
-    return replace(update, a=a, b=b, scale=1.0, declared_rank=None)
+    return cut(replace(update, b=update.scale * update.b.double(), scale=1.0), max_rank)
 
 
 def _padded(update: Update, rank: int, dtype: torch.dtype) -> Update:
@@ -271,27 +242,16 @@ def _prove(again: Adapter, wanted: Sequence[Update], checked: Sequence[str]) -> 
         for update in wanted if applied.refusal is None else ():
             there, scale = stored[update.name], applied.scales[update.name]
             if (update.name, scale) not in seen:
-                seen[update.name, scale] = _difference(there, scale, update)
-            difference, allowed = seen[update.name, scale], TOLERANCE[there.b.dtype]
-            if not difference <= allowed:
+                seen[update.name, scale] = difference(there, scale, update)
+            off, allowed = seen[update.name, scale], TOLERANCE[there.b.dtype]
+            if not off <= allowed:
                 raise RankwiseError(
                     f"{PROGRAMS[name].name} would add to {update.name!r} what differs from the original's "
-                    f"update by {difference:.1e}; rounding to {there.b.dtype} explains {allowed:.0e}. Choose "
+                    f"update by {off:.1e}; rounding to {there.b.dtype} explains {allowed:.0e}. Choose "
                     "another dtype, fp32 at best."
                 )
-            worst[name] = max(worst.get(name, 0.0), difference)
+            worst[name] = max(worst.get(name, 0.0), off)
     return worst
-
-
-def _difference(there: Update, scale: float, wanted: Update) -> float:
-    """Return the relative Frobenius distance of scale * b @ a from an update of scale 1."""
-    a = torch.cat([there.a.double(), wanted.a.double()])
-    b = torch.cat([scale * there.b.double(), -wanted.b.double()], dim=1)
-    if not torch.isfinite(a).all() or not torch.isfinite(b).all():
-        return math.inf
-    distance = float(lowrank.singular_values(a, b).norm())
-    size = float(lowrank.singular_values(wanted.a, wanted.b).norm())
-    return distance / size if size else (math.inf if distance else 0.0)
 
 
 def _need_right(verdicts: Mapping[str, Verdict], checked: Sequence[str]) -> None:
@@ -310,21 +270,6 @@ def _refusals(verdicts: Mapping[str, Verdict], checked: Sequence[str]) -> list[s
     if "tgi" not in checked and verdicts["tgi"].verdict != "right":
         said.append("TGI does not serve this whole; --tgi pads and fills what it needs")
     return [*said, *dict.fromkeys(notice for name in checked for notice in verdicts[name].notices)]
-
-
-def _modules(
-    source: Adapter, wanted: Sequence[Update], zeros: Sequence[Update]
-) -> tuple[ExportedModule, ...]:
-    found = [ExportedModule(update.name, 0, 0, 1.0, 0.0, 0.0) for update in zeros]
-    for before, after in zip(every(source), wanted, strict=True):
-        lost = 0.0
-        if after.rank < before.rank:
-            energy = lowrank.singular_values(before.a, before.b).square()
-            lost = float(energy[after.rank :].sum() / energy.sum()) if energy.any() else 0.0
-        found.append(
-            ExportedModule(before.name, before.rank, after.rank, before.scale, lost, math.sqrt(lost))
-        )
-    return tuple(sorted(found, key=lambda module: module.name))
 
 
 def _flags(out: Path, rank: int) -> dict[str, str]:
