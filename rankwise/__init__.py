@@ -3,7 +3,8 @@
 from rankwise.config import ScaleRule, StudyConfig
 from rankwise.errors import RankwiseError
 from rankwise.explaining import explain
+from rankwise.exporting import export
 from rankwise.planning import plan, stability
 from rankwise.plans import RankPlan
 
-__all__ = ["RankPlan", "RankwiseError", "ScaleRule", "StudyConfig", "explain", "plan", "stability"]
+__all__ = ["RankPlan", "RankwiseError", "ScaleRule", "StudyConfig", "explain", "export", "plan", "stability"]

@@ -13,6 +13,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 
+from rankwise import sources
 from rankwise.errors import RankwiseError
 from rankwise.plans import RankPlan
 from rankwise.seeds import generator
@@ -47,6 +48,7 @@ def attach(
     Cost: one pass over the adapters' parameters; the base weights are not touched.
     """
     adapted = get_peft_model(model, plan.lora_config(dropout=dropout), autocast_adapter_dtype=True)
+    _name_base(adapted, plan.model)
     for name, layer in lora_layers(adapted).items():
         _initialise(layer, name, seed, (directions or {}).get(name))
     verify(adapted, plan)
@@ -156,6 +158,15 @@ def drawn_rows(
         usable = norms[:, 0] > 0
         rows[: len(given)][usable] = given[usable] / norms[usable] / math.sqrt(3)
     return rows
+
+
+def _name_base(adapted: PeftModel, source: str) -> None:
+    """Let the adapter of a hub's model name it there, not by this machine's copy, which nobody else has."""
+    if not source.startswith("hf:"):
+        return
+    place, config = sources.parse(source), adapted.peft_config[ADAPTER]
+    if place.path is None:
+        config.base_model_name_or_path, config.revision = place.name, place.version
 
 
 def _initialise(layer: LoraLayer, name: str, seed: int, directions: np.ndarray | None) -> None:

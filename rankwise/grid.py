@@ -41,11 +41,16 @@ class Planned:
 
 @dataclass(frozen=True)
 class Study:
-    """A study file with everything it names loaded, and its store."""
+    """A study file with everything it names loaded, and its store.
+
+    Attributes:
+        only: the arms whose runs this sitting does; empty for all of them.
+    """
 
     file: StudyFile
     context: Context
     store: Store
+    only: tuple[str, ...] = ()
 
     @property
     def config(self) -> StudyConfig:
@@ -124,6 +129,11 @@ class Grid:
     runs: list[Planned]
     rates: dict[str, dict[str, Any]]
     unfinished: bool
+
+    def of(self, arms: tuple[str, ...]) -> Grid:
+        """Return the runs of these arms and of the untouched model; without arms, the whole grid."""
+        kept = [p for p in self.runs if not arms or p.arm in arms or p.role == "untouched"]
+        return Grid(kept, self.rates, self.unfinished)
 
     def pending(self, store: Store) -> list[Planned]:
         """Return the runs that have no record yet, each name once."""

@@ -56,6 +56,11 @@ def load(source: str, dtype: str, device: str, relative_to: Path | None = None) 
 
     Cost: a GGUF is dequantised once (about 20 s for 135M parameters), later loads take about a second.
     """
+    return load_anew(source, dtype, device, relative_to)
+
+
+def load_anew(source: str, dtype: str, device: str, relative_to: Path | None = None) -> Base:
+    """Load a model as `load` does, for somebody who will change its weights: nobody else gets this one."""
     _quiet()
     found = sources.fetch(source, kind="model", relative_to=relative_to)
     folder, notices = found.path, tuple[str, ...]()

@@ -112,15 +112,18 @@ def work_through(
 ) -> dict[str, Any]:
     """Claim and do runs until none is pending, in a study that is prepared; return its index.
 
+    Where the study is about some arms only, theirs: they are not reported before the other arms' rates are
+    tuned, since a grid is extended for all arms alike.
     Runs that another process holds are left to it and waited for; if that process dies, they are taken
     over from their last checkpoint.
     """
     while True:
         now = grid(study)
         index = write_index(study, now)
-        observer.grid(now, study.store, {p.run_id: work_of(p.run, study.context) for p in now.runs})
-        pending = now.pending(study.store)
-        if not pending and not now.unfinished:
+        mine = now.of(study.only)
+        observer.grid(mine, study.store, {p.run_id: work_of(p.run, study.context) for p in mine.runs})
+        pending = mine.pending(study.store)
+        if not pending and (study.only or not now.unfinished):
             return index
         advanced = [_do(study, p, observer, checkpoint_seconds, retry_failed) for p in pending]
         if pending and not any(advanced):

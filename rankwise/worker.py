@@ -15,7 +15,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,7 +81,7 @@ def _obey(orders: Orders, tell: Tell) -> None:
         study = execution.with_threads(study, order["threads"])
         if order["do"] == "work":
             settings = {name: order[name] for name in ("checkpoint_seconds", "retry_failed")}
-            work_through(study, Reporter(tell), **settings)
+            work_through(replace(study, only=tuple(order["arms"])), Reporter(tell), **settings)
             return
 
         def steps(rate: float) -> int:

@@ -179,9 +179,11 @@ class Crew:
     def work(self, processes: int, threads: int, checkpoint_seconds: float, retry_failed: bool) -> None:
         """Let this many processes, this one included, work on what is pending."""
         self.resize(processes - 1)
-        settings = {"checkpoint_seconds": checkpoint_seconds, "retry_failed": retry_failed}
         for worker in self.members:
-            worker.order("work", threads=threads, **settings)
+            worker.order(
+                "work", threads=threads, arms=self.study.only, checkpoint_seconds=checkpoint_seconds,
+                retry_failed=retry_failed,
+            )  # fmt: skip
 
     def hear(self) -> None:
         """Pass on what the workers told since the last time."""
@@ -295,5 +297,5 @@ def settle(study: Study, asked: int | None, crew: Crew) -> execution.Choice:
     known = before is not None and before.threads == choice.threads
     if before is None or not known or len(choice.measured) > len(before.measured):
         execution.keep(study, choice)
-    pending = len(grid(execution.with_threads(study, choice.threads)).pending(study.store))
+    pending = len(grid(execution.with_threads(study, choice.threads)).of(study.only).pending(study.store))
     return replace(choice, processes=max(1, min(choice.processes, pending)))

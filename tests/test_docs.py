@@ -34,7 +34,7 @@ def test_the_table_of_commands_is_the_programs() -> None:
 def test_the_tree_names_every_file() -> None:
     tree = README.split("## The tree")[1]
     # strategies/ is one file per method
-    rooms = ("engine", "figures", "report", "probes", "methods", "export", "cli")
+    rooms = ("engine", "figures", "report", "probes", "methods", "exports", "cli", "memorybank")
     folders = [ROOT / "rankwise", *(ROOT / "rankwise" / name for name in rooms)]
     files = {p.name for folder in folders for p in folder.glob("*.py") if not p.name.startswith("__")}
     named = set(re.findall(r"([a-z_]+\.py)", tree))

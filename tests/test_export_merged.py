@@ -12,8 +12,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rankwise.errors import RankwiseError
-from rankwise.export import merged
-from rankwise.export.merged import export_merged
+from rankwise.exports import merged
+from rankwise.exports.merged import export_merged
 from tests.conftest import byte_tokenizer
 from tests.parts import MODELS
 from tests.refusals import files

@@ -13,8 +13,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from rankwise.errors import RankwiseError
-from rankwise.export import patterned
-from rankwise.export.patterned import export_peft
+from rankwise.exports import patterned
+from rankwise.exports.patterned import export_peft
 from tests.parts import MODELS, tiny_gpt2
 from tests.refusals import files
 from tests.test_export_uniform import distance, loaded, logits, randomised

@@ -19,11 +19,11 @@ from safetensors.torch import load_file
 from rankwise.adapters import lora_layers
 from rankwise.config import ScaleRule
 from rankwise.errors import RankwiseError
-from rankwise.export import uniform
-from rankwise.export.adapter_files import Update, read_adapter
-from rankwise.export.inspecting import inspect_adapter
-from rankwise.export.programs import PROGRAMS
-from rankwise.export.uniform import Exported, export_uniform
+from rankwise.exports import uniform
+from rankwise.exports.adapter_files import Update, read_adapter
+from rankwise.exports.inspecting import inspect_adapter
+from rankwise.exports.programs import PROGRAMS
+from rankwise.exports.uniform import Exported, export_uniform
 from rankwise.inventory import inventory
 from tests.parts import MODELS, plan_of
 from tests.refusals import files
@@ -369,7 +369,7 @@ def test_nothing_is_left_behind_when_the_disk_fails(
     def fails(*arguments: Any, **given_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("rankwise.export.adapter_files.save_file", fails)
+    monkeypatch.setattr("rankwise.exports.adapter_files.save_file", fails)
     with pytest.raises(RankwiseError, match=r"cannot be written to .*out: No space left on device"):
         export_uniform(mixed, tmp_path / "out")
     assert not list(tmp_path.iterdir())

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from rankwise.errors import RankwiseError
-from rankwise.export.inspecting import Inspection, inspect_adapter
+from rankwise.exports.inspecting import Inspection, inspect_adapter
 from tests.parts import tiny_gpt2
 from tests.refusals import files
 from tests.test_shrink_adapter import BAD, LLAMA, Q, edited, full_updates, retensored, spoil, trained

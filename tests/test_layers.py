@@ -13,10 +13,11 @@ ROOT = Path(__file__).parent.parent / "rankwise"
 ORDER = """
     errors aside config seeds stats resampling power ladder selection store tables contrasts figures
     figuretables budget plans savings advice recommend tracking report datasizes sizing evidence inventory
-    strategies cached package_index downloads sources studyfaults studyfile machine models rows data
-    datacard studydata lowrank adapters rankuse engine generation checkpoint train evaluate probes methods
-    runconfig run grid speed execution observer reporting study worker workers designing auto borrowed
-    calibration explaining agreement measuring planning export terminal doctor cli __init__ __main__
+    strategies cached package_index downloads sources studyfaults studyfile paper memorybank workspace machine
+    models rows data datacard studydata lowrank adapters rankuse engine generation checkpoint train evaluate
+    probes methods runconfig run grid speed execution observer reporting study worker workers designing auto
+    borrowed calibration explaining agreement measuring planning exports exporting terminal doctor cli
+    __init__ __main__
 """.split()
 """From the top down; a folder is one room. New files find their place here."""
 
@@ -24,7 +25,7 @@ TORCH_FREE = [
     "config", "studyfile", "budget", "stats", "resampling", "power", "ladder", "store", "selection",
     "tables", "contrasts", "figures", "figuretables", "plans", "evidence", "strategies",
     "calibration", "explaining", "agreement", "planning", "savings", "advice", "recommend",
-    "tracking", "report", "datasizes", "sizing",
+    "tracking", "report", "datasizes", "sizing", "paper", "memorybank", "workspace",
 ]  # fmt: skip
 
 

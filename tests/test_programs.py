@@ -12,8 +12,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 
-from rankwise.export.adapter_files import Adapter, read_adapter
-from rankwise.export.programs import (
+from rankwise.exports.adapter_files import Adapter, read_adapter
+from rankwise.exports.programs import (
     PROGRAMS,
     energies,
     judge,

@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM
 from rankwise import cli
 from rankwise.data import prepare
 from rankwise.errors import RankwiseError
-from rankwise.export.adapter_files import read_adapter
-from rankwise.export.shrink import shrink_adapter
+from rankwise.exports.adapter_files import read_adapter
+from rankwise.exports.shrink import shrink_adapter
 from rankwise.rows import read_rows
 from tests.conftest import byte_tokenizer, rankwise
 from tests.parts import tiny_gpt2
@@ -498,7 +498,7 @@ def test_nothing_is_left_behind_when_the_disk_fails(
     def fails(*arguments: Any, **settings: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("rankwise.export.adapter_files.save_file", fails)
+    monkeypatch.setattr("rankwise.exports.adapter_files.save_file", fails)
     with pytest.raises(RankwiseError, match=r"cannot be written to .*out: No space left on device"):
         shrink_adapter(adapters["plain"], "r=1", tmp_path / "out")
     assert not list(tmp_path.iterdir())

@@ -128,7 +128,7 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
 ) -> None:
     """Compare an adapter's tensors with what it declares, and say which programs would serve it wrongly."""
-    from rankwise.export.inspecting import inspect_adapter
+    from rankwise.exports.inspecting import inspect_adapter
     from rankwise.terminal import out, say
 
     found = inspect_adapter(adapter, model=model)
@@ -142,25 +142,37 @@ def inspect(
 
 @app.command()
 def export(
-    adapter: Annotated[Path, typer.Argument(help="folder of a PEFT LoRA adapter, anyone's")],
-    out_dir: Annotated[Path, typer.Option("--out", help="new folder")],
+    adapter: Annotated[
+        Path, typer.Argument(help="folder of a PEFT LoRA adapter, anyone's; for a trainer also a plan.json")
+    ],
+    out_place: Annotated[
+        Path | None, typer.Option("--out", help="new folder or file; else beside the adapter")
+    ] = None,
+    format_: Annotated[
+        str, typer.Option("--format", help="uniform, peft, merged, gguf; for trainers axolotl, trl, unsloth")
+    ] = "uniform",
     max_rank: Annotated[int | None, typer.Option(help="truncate every update to this rank", min=1)] = None,
     dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; else as stored")] = None,
     model: Annotated[
-        str | None, typer.Option(help="source of the base, for shapes of absent modules")
+        str | None, typer.Option(help="source of the base, where the adapter names no folder here")
     ] = None,
-    tgi: Annotated[bool, typer.Option("--tgi", help="also pad as TGI wants it")] = False,
+    tgi: Annotated[bool, typer.Option("--tgi", help="uniform: also pad as TGI wants it")] = False,
+    dropout: Annotated[float | None, typer.Option(help="trainers: on the inputs of A")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
 ) -> None:
-    """Write an adapter that every server scales alike: scales folded into B, one rank, no patterns."""
-    from rankwise.export.uniform import export_uniform
+    """Write an adapter that every server scales alike, or in another program's format, or as its plan."""
+    from rankwise.exports.formats import export as write
     from rankwise.terminal import out, say
 
-    done = export_uniform(adapter, out_dir, max_rank=max_rank, dtype=dtype, model=model, tgi=tgi)
+    done = write(
+        adapter, out_place, format=format_, max_rank=max_rank, dtype=dtype, model=model, tgi=tgi or None,
+        dropout=dropout,
+    )  # fmt: skip
     if as_json:
         print(json.dumps(done.as_dict(), indent=1))
         return
-    out.print(done.table())
+    if (table := getattr(done, "table", None)) is not None:
+        out.print(table())
     say(done.summary())
 
 
@@ -176,7 +188,7 @@ def shrink(
     as_json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
 ) -> None:
     """Compress a finished LoRA adapter to a budget and say what that costs."""
-    from rankwise.export.shrink import shrink_adapter
+    from rankwise.exports.shrink import shrink_adapter
     from rankwise.terminal import err, out, say
 
     shrunk = shrink_adapter(

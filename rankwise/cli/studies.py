@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,6 +21,7 @@ from rankwise.cli.options import (
     sizes_of,
     study_app,
 )
+from rankwise.errors import RankwiseError, one_of
 
 if TYPE_CHECKING:
     from rankwise.config import StudyConfig
@@ -61,6 +63,7 @@ def study_run(
     processes: Annotated[
         str, typer.Option(help="that share the runs; auto measures once per study", metavar="N|auto")
     ] = "auto",
+    arms: Annotated[str | None, typer.Option(help="only the runs of these arms", metavar="A,B")] = None,
     report: Annotated[
         bool, typer.Option("--report", help="keep reports/STUDY/report.html up to date as runs finish")
     ] = False,
@@ -68,6 +71,7 @@ def study_run(
     """Do every pending run of a study, then print its tables. Interrupt and repeat as you like."""
     count = count_of(processes)
     config, sizes = sizes_of(study, overrides)
+    only = _arms_of(arms, config)
     if len(sizes) > 1:
         opened(study, results, sizes[max(sizes)])  # the largest needs the most rows: its faults come first
     lost = 0
@@ -79,7 +83,7 @@ def study_run(
         with StudyProgress() as progress:
             observer = _live(progress, found.store) if report else progress
             run_together(
-                found, observer, overrides=tuple(given), processes=count,
+                replace(found, only=only), observer, overrides=tuple(given), processes=count,
                 checkpoint_seconds=checkpoint_seconds, retry_failed=retry_failed,
             )  # fmt: skip
         lost += print_results(found.store)
@@ -90,6 +94,15 @@ def study_run(
 
         say(write_all(study, results, tuple(overrides or ()), pictures=False)[0])
     raise typer.Exit(1 if lost else 0)
+
+
+def _arms_of(text: str | None, config: StudyConfig) -> tuple[str, ...]:
+    """Read --arms: names with commas between them, each an arm of the study; none without it."""
+    names = tuple(name.strip() for name in text.split(",")) if text is not None else ()
+    for name in names:
+        if name not in config.arms:
+            raise RankwiseError(one_of("--arms", name, config.arms))
+    return names
 
 
 def _live(progress: Observer, store: Store) -> Observer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from fractions import Fraction
 from pathlib import Path
@@ -134,6 +135,24 @@ def test_saved_mixed_ranks_load_in_plain_peft(kind, rule, tmp_path: Path):
     seen = mask.bool()
     assert (wanted - base)[seen].abs().max() > 1e-2, "the adapter must do something"
     assert torch.allclose(found[seen], wanted[seen], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("source", "named"),
+    [
+        ("hf:org/name@v1.0", ("org/name", "v1.0")),
+        ("hf:org/name", ("org/name", None)),
+        ("hf:org/name/model.gguf", ("here", None)),
+        ("pypi:dist==1.0/model.gguf", ("here", None)),
+    ],
+)
+def test_the_base_of_an_adapter_is_named_as_others_find_it(source: str, named: tuple, tmp_path: Path):
+    model = MODELS["llama"]()
+    model.name_or_path = "here"
+    plan = plan_of(model, budget="r=1").model_copy(update={"model": source})
+    adapters.save(adapters.attach(model, plan, seed=0), tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == named
 
 
 # --- (c) the arms of the earlier study on real shapes: built ranks are the planned ones ---------

@@ -1,1 +1,0 @@
-"""Anyone's finished PEFT LoRA adapter: read, compressed, written again."""

@@ -1,0 +1,227 @@
+"""The base model with an adapter's update folded into its weights: one model, which every program loads.
+
+PEFT does the folding. What it wrote is read back and compared weight by weight with W + s B A, computed here
+in double precision, and by its logits with the adapter on its base.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from rankwise import adapters, models
+from rankwise.errors import RankwiseError, visible
+from rankwise.exports.adapter_files import Adapter, need_new, written_aside
+from rankwise.exports.bases import base_source, fit, shapes_of
+from rankwise.exports.card import write_card
+from rankwise.exports.cuts import DTYPES, dtype_of
+from rankwise.exports.inspecting import read_checked
+from rankwise.exports.patterned import write_patterned
+from rankwise.exports.programs import every
+
+ROUNDING = {torch.float32: 2.0**-22, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
+"""Allowed difference of a weight, relative to the largest of its matrix: two roundings, as W + s B A is
+computed in fp32 and then stored."""
+LOGITS = 1e-4
+"""Allowed difference of logits in fp32, relative to the largest."""
+ROWS, TOKENS = 4, 32
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What a merge did.
+
+    Attributes:
+        adapter: the folder that was read.
+        out: the folder that was written: model, tokenizer, card.
+        base: source of the base model.
+        dtype: of the weights.
+        modules: that were changed.
+        untied: whether head and embedding, one in the base, are two now.
+        bytes: size of the weights.
+        weight_error: largest difference of a weight from W + s B A, over the largest of its matrix.
+        logit_error: RMS difference of logits from the adapter's on its base, over random tokens.
+        effect: RMS difference that the adapter makes to the base's logits there; the same unit.
+        notices: what a reader must know.
+    """
+
+    adapter: Path
+    out: Path
+    base: str
+    dtype: str
+    modules: int
+    untied: bool
+    bytes: int
+    weight_error: float
+    logit_error: float
+    effect: float
+    notices: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything as JSON values."""
+        return json.loads(json.dumps({**asdict(self), "adapter": str(self.adapter), "out": str(self.out)}))
+
+    def findings(self) -> list[str]:
+        """Return what the checks found, and what changed besides weights."""
+        share = f" ({self.logit_error / self.effect:.1%} of the adapter's effect)" if self.effect else ""
+        found = [
+            f"checked: weights within {self.weight_error:.1e} of W + s B A; logits within "
+            f"{self.logit_error:.1e} RMS of the adapter on its base{share}"
+        ]
+        if self.untied:
+            found.append(
+                "head and embedding share their weights in the base and no longer do: tie_word_embeddings is "
+                "off, and the model is larger by one of them"
+            )
+        return found
+
+    def summary(self) -> str:
+        """Return what was done as sentences, one a line."""
+        first = f"{self.modules} modules of {self.base} changed; {self.dtype}, {self.bytes / 1e6:,.1f} MB"
+        return "\n".join([first, *self.findings(), *self.notices, f"written to {self.out}"])
+
+
+def export_merged(
+    adapter: str | Path,
+    out: str | Path,
+    *,
+    model: str | None = None,
+    dtype: str | torch.dtype | None = None,
+) -> Merged:
+    """Write the base model with the adapter's update in its weights, and the base's tokenizer.
+
+    Args:
+        adapter: folder of adapter_config.json and adapter_model.safetensors.
+        out: a new or empty folder.
+        model: source of the base model; None takes what the adapter names.
+        dtype: fp32, bf16 or fp16 of the weights; None takes what the base's config says.
+
+    Raises:
+        RankwiseError: an adapter that `read_checked` refuses, a base that cannot be had or does not fit, or
+            a result that is not W + s B A to rounding. Nothing is left.
+
+    Cost: the base in fp32, twice in memory, and a forward pass over 128 tokens, three times.
+    """
+    target = Path(out)
+    kind = dtype_of(dtype)
+    need_new(target)
+    source, _, notices = read_checked(adapter, model)
+    if source.declared.task_type not in (None, "CAUSAL_LM"):
+        raise RankwiseError(
+            f"{source.folder}: only causal language models are merged; task_type is "
+            f"{visible(source.declared.task_type)!r}."
+        )
+    place = base_source(source, model)
+    base = models.load_anew(place, "fp32", "cpu")
+    fit(source, shapes_of(base.model), place)
+    kind = kind or _dtype_of_base(base.folder)
+    with written_aside(target) as aside:
+        before = _logits(base.model)
+        untied = _untie(base.model, source)
+        weights = _weights(base.model, source)
+        meant = _merge(base.model, source)
+        base.model.to(kind).save_pretrained(aside)
+        base.tokenizer.save_pretrained(aside)
+        merged = AutoModelForCausalLM.from_pretrained(aside, local_files_only=True, trust_remote_code=False)
+        off = _prove_weights(merged, weights, source, kind)
+        error = _rms(_logits(merged.float()) - meant)
+        if kind == torch.float32 and error > LOGITS * float(meant.abs().max()):
+            raise RankwiseError(f"The merged model's logits differ from the adapter's by {error:.1e}.")
+        done = Merged(
+            adapter=source.folder,
+            out=target,
+            base=place,
+            dtype=str(kind).removeprefix("torch."),
+            modules=len(every(source)),
+            untied=untied,
+            bytes=sum(file.stat().st_size for file in aside.glob("*.safetensors")),
+            weight_error=off,
+            logit_error=error,
+            effect=_rms(meant - before),
+            notices=(*source.notices, *notices, *base.notices),
+        )
+        write_card(aside, source, format="merged", notes=[*done.findings(), *done.notices])
+    return done
+
+
+def _dtype_of_base(folder: Path) -> torch.dtype:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    named = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+    return next((kind for kind in DTYPES.values() if str(kind) == f"torch.{named}"), torch.float32)
+
+
+def _untie(model: Any, adapter: Adapter) -> bool:
+    """Give a head of its own to a model whose head is its embedding, where an update is for one of them."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or head.weight is not embedding.weight:
+        return False
+    names = {id(module): name for name, module in model.named_modules()}
+    touched = {update.name for update in every(adapter)} | {
+        extra.removeprefix("base_model.model.").rpartition(".")[0] for extra in adapter.extras
+    }
+    if not touched & {names[id(head)], names[id(embedding)]}:
+        return False
+    head.weight = torch.nn.Parameter(embedding.weight.detach().clone(), requires_grad=False)
+    model.config.tie_word_embeddings = False
+    return True
+
+
+def _weights(model: Any, adapter: Adapter) -> dict[str, torch.Tensor]:
+    """Return copies of the weights that will be changed, (out, in) whatever the module stores."""
+    return {update.name: _weight(model.get_submodule(update.name)).clone() for update in every(adapter)}
+
+
+def _weight(module: torch.nn.Module) -> torch.Tensor:
+    """Return a weight as (out, in); Conv1D and embeddings store (in, out)."""
+    weight: torch.Tensor = module.weight.detach()  # type: ignore[operator]
+    return weight.t() if isinstance(module, Conv1D | torch.nn.Embedding) else weight
+
+
+def _merge(model: Any, adapter: Adapter) -> torch.Tensor:
+    """Fold the update into the model's weights with PEFT; return the adapter's logits before that."""
+    with tempfile.TemporaryDirectory() as aside:  # with patterns that PEFT reads as the tensors say
+        write_patterned(Path(aside), adapter, every(adapter))
+        adapted = PeftModel.from_pretrained(model, aside, autocast_adapter_dtype=False).eval()
+    meant = _logits(adapted)
+    adapted.merge_and_unload(safe_merge=True)
+    assert not adapters.lora_layers(model)
+    return meant
+
+
+def _prove_weights(
+    merged: Any, weights: Mapping[str, torch.Tensor], adapter: Adapter, kind: torch.dtype
+) -> float:
+    """Compare changed weights with W + s B A; return the largest difference over a matrix's largest."""
+    worst = 0.0
+    for update in every(adapter):
+        wanted = weights[update.name].double() + update.scale * update.b.double() @ update.a.double()
+        found = _weight(merged.get_submodule(update.name)).double()
+        off = float((found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30))
+        if not off <= ROUNDING[kind]:
+            raise RankwiseError(
+                f"{update.name!r} of the merged model differs from W + s B A by {off:.1e} of its largest; "
+                f"rounding to {kind} explains {ROUNDING[kind]:.0e}."
+            )
+        worst = max(worst, off)
+    return worst
+
+
+@torch.no_grad()
+def _logits(model: Any) -> torch.Tensor:
+    """Return logits over random tokens, the same ones every time, (rows, tokens, vocabulary)."""
+    draw = torch.Generator().manual_seed(0)
+    size = model.get_input_embeddings().weight.shape[0]
+    return model(input_ids=torch.randint(0, size, (ROWS, TOKENS), generator=draw)).logits.float()
+
+
+def _rms(values: torch.Tensor) -> float:
+    return float(values.double().square().mean().sqrt())

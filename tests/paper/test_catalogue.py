@@ -1,0 +1,159 @@
+"""What the paper may say: names, numbers, foreign text, and verdicts that are the tests' own. No TeX."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from rankwise.contrasts import contrast_rows
+from rankwise.errors import RankwiseError
+from rankwise.paper.macros import Catalogue, Macro
+from rankwise.paper.names import camel, looks_like_ours, macro_name
+from rankwise.paper.typeset import chance, escaped, name, number
+from rankwise.report.opening import opening
+from rankwise.tables import arm_rows
+from tests.made_up import EVIL, TEX
+from tests.paper.desk import Desk, desk
+
+WORDS = re.compile(r"\b(better|worse|outperforms|significant|equivalent|differs)\b")
+
+
+@pytest.fixture(scope="module")
+def six(tmp_path_factory: pytest.TempPathFactory) -> Desk:
+    return desk(tmp_path_factory.mktemp("six"))
+
+
+# --- names ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("uniform@r16", "UniformAtROneSix"),
+        ("uniform-r16", "UniformROneSix"),
+        ("a+b", "APlusB"),
+        ("中", "UFourETwoD"),
+        ("--", "UTwoDUTwoD"),
+        ("", "Nameless"),
+        (EVIL, "ScriptAlertOneScript"),
+    ],
+)
+def test_names_are_letters(text: str, wanted: str):
+    assert camel(text) == wanted
+    assert re.fullmatch("[A-Za-z]+", macro_name("1st", text, "TestLoss"))
+    assert looks_like_ours(macro_name("seed", text, "TestLoss"))
+
+
+def test_two_arms_of_one_name_are_refused(tmp_path: Path):
+    place = desk(tmp_path)
+    arms = {"a-b": {"strategy": "uniform", "budget": "r=2"}, "a_b": {"strategy": "random", "budget": "r=2"}}
+    text = (tmp_path / "studies" / "later.yaml").read_text().partition("arms:")[0]
+    text = text.replace("uniform", "a-b").replace("- decay", "- a_b")
+    (tmp_path / "studies" / "later.yaml").write_text(text + "arms:\n" + "".join(
+        f"  {arm}: {{strategy: {one['strategy']}, budget: r=2}}\n" for arm, one in arms.items()))  # fmt: skip
+    with pytest.raises(RankwiseError, match=r"laterABTestLoss.*a-b.*a_b"):
+        place.offer()
+
+
+def test_a_missing_name_tells_the_nearest():
+    catalogue = Catalogue([Macro("seedUniformGain", "1", "seed")])
+    with pytest.raises(RankwiseError, match="Did you mean 'seedUniformGain'"):
+        catalogue.need("seedUniformGian")
+
+
+# --- numbers and text -----------------------------------------------------------------------------
+
+
+def test_numbers_have_their_precision_and_unit():
+    assert number(1.63519, ".4f") == "1.6352"
+    assert number(-0.00123, "+.4f") == r"\ensuremath{-0.0012}"
+    assert number(4884480, ",d") == "4,884,480"
+    assert number(31.24, ".1f", "s") == r"31.2\,s"
+    assert chance(0.0001) == r"\ensuremath{p<0.001}" and chance(0.02) == r"\ensuremath{p=0.020}"
+
+
+def test_text_from_records_stays_text():
+    for text in (TEX, EVIL, "\\end{document}", "%comment\n\\write18{ls}", "x_y^z~#1"):
+        shown = escaped(text)
+        bare = re.sub(r"\\(?:text[a-z]+\{\}|[&%$#_{}])|\{\[\}|\{\]\}", "", shown)
+        assert not re.search(r"[\\%$#_^~&]", bare), shown
+        assert "\n" not in shown
+    assert escaped("中") == r"\texttt{U+4E2D}" and escaped("é") == "é" and escaped("0\u201337") == "0--37"
+    assert "allowbreak" in name("a" * 40)  # a long name can be broken somewhere
+
+
+def test_a_macro_is_one_line_with_its_source(six: Desk):
+    for macro in six.offer().macros.macros.values():
+        line = macro.definition()
+        assert "\n" not in line and line.startswith(rf"\newcommand{{\{macro.name}}}")
+        assert line.count("{") - line.count(r"\{") == line.count("}") - line.count(r"\}"), line
+    loss = six.offer().macros.need("madeUpSpectralTestLoss")
+    row = next(row for row in arm_rows(six.results) if row.arm == "spectral")
+    assert loss.body == f"{row.loss:.4f}" and "nats" in loss.unit and "spectral" in loss.source
+
+
+# --- verdicts -------------------------------------------------------------------------------------
+
+
+def test_verdicts_are_the_reports(six: Desk):
+    offer = six.offer().macros
+    said = offer.need("madeUpOpening").body.replace(r"\ensuremath{-}", "-")
+    assert said == escaped(opening(six.results))
+    rows = {row.arm: row for row in contrast_rows(six.results)}
+    words = {"differs": "differs from", "no difference shown": "is not shown to differ from",
+             "equivalent": "is equivalent within the margin to"}  # fmt: skip
+    for arm, label in (("spectral", "Spectral"), (EVIL, "ScriptAlertOneScript")):
+        wanted = next(text for start, text in words.items() if rows[arm].verdict.startswith(start))
+        assert offer.need(f"madeUp{label}VsUniformVerdict").body == wanted
+        assert f" {wanted} " in offer.need(f"madeUp{label}VsUniformSentence").body
+    assert rows["spectral"].verdict.startswith("differs: lower")
+    assert "with the lower loss" in offer.need("madeUpSpectralVsUniformSentence").body
+    assert "spectral" not in offer.need("madeUpNotShown").body
+
+
+def test_a_study_with_few_seeds_has_no_verdict_words(tmp_path: Path):
+    place = desk(tmp_path, seeds=3)
+    offer = place.offer()
+    assert "was not tested (3 seeds)" in offer.macros.need("madeUpSpectralVsUniformVerdict").body
+    ours = [m for m in offer.macros.macros.values() if m.name.startswith("madeUp")]
+    for macro in ours:
+        assert not WORDS.search(macro.body), macro.body
+    tables = [p for p in offer.pieces.values() if p.name.startswith("made-up-") and "fig" not in p.name]
+    for piece in tables:
+        text = b"".join(piece.make().values()).decode()
+        assert not WORDS.search(text), piece.name
+
+
+def test_a_failed_run_takes_the_verdict(tmp_path: Path):
+    offer = desk(tmp_path, failed={"spectral": 2}).offer().macros
+    assert "has no verdict (a run failed)" in offer.need("madeUpSpectralVsUniformVerdict").body
+    assert offer.need("madeUpRunsFailed").body == "1" and "diverged" in offer.need("madeUpFailures").body
+
+
+# --- what has not run -----------------------------------------------------------------------------
+
+
+def test_what_has_not_run_says_so_everywhere(six: Desk):
+    offer = six.offer()
+    for quantity in ("Opening", "UntouchedLoss", "DecayTestLoss", "DecayVsUniformVerdict", "Advice"):
+        assert offer.macros.need(f"later{quantity}").body.rstrip(".") == r"\notrun{}"
+    assert offer.macros.need("laterSeeds").body == "8"  # the design is known
+    assert offer.macros.need("laterWhenRun").body.startswith(r"\notrunstudy")
+    assert offer.macros.need("madeUpWhenRun").body == "#1"
+    for name_ in ("later-arms", "later-runs", "later-fig-losses", "confirmatory-contrasts"):
+        (text,) = offer.pieces[name_].make().values()
+        assert b"notrunstudy" in text
+
+
+def test_the_budget_group_counts_common_seeds_alone(tmp_path: Path):
+    place = desk(tmp_path, failed={"spectral": 5})
+    macros = place.offer().macros
+    assert (
+        macros.need("madeUpBudgetRTwoArms").body == "3" and macros.need("madeUpBudgetRTwoSeeds").body == "5"
+    )
+    losses = {arm: place.results.losses(arm) for arm in ("uniform", "spectral", EVIL)}
+    means = {arm: sum(found[s] for s in range(5)) / 5 for arm, found in losses.items()}
+    assert macros.need("madeUpBudgetRTwoLowestLoss").body == f"{min(means.values()):.4f}"
+    assert macros.need("madeUpBudgetRTwoLowestArm").body == name(min(means, key=lambda arm: means[arm]))
