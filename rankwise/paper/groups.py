@@ -48,8 +48,10 @@ def budgets(config: StudyConfig) -> dict[str, list[str]]:
 
 
 def reference(config: StudyConfig, arm: str) -> str | None:
-    """Return the uniform arm of this arm's budget, or else the baseline; None for that arm itself."""
+    """Return the uniform arm of this arm's budget, or else the baseline; None for uniform arms themselves."""
     wanted = config.arms[arm]
+    if wanted.strategy == "uniform":
+        return None
     same = [n for n, other in config.arms.items() if other.strategy == "uniform"
             and other.budget is not None and str(other.budget) == str(wanted.budget)]  # fmt: skip
     found = config.baseline if config.baseline in same or not same else same[0]
@@ -93,7 +95,7 @@ def group_macros(study: Told) -> Iterator[Macro]:
 def _of(study: Told, budget: str, arms: list[str], found: Group | None) -> Iterator[Macro]:
     config, means = study.config, {} if found is None else found.means
     assert config is not None
-    uniform = reference(config, arms[1]) if reference(config, arms[0]) is None else reference(config, arms[0])
+    uniform = next((other for arm in arms if (other := reference(config, arm))), None)
     low = min(means, key=lambda arm: means[arm]) if means else None
     high = max(means, key=lambda arm: means[arm]) if means else None
     beneath = sum(loss < means[uniform] for loss in means.values()) if uniform in means else None
