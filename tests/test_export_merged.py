@@ -87,23 +87,70 @@ def test_what_peft_does_not_load_as_declared_is_mended(bases: dict[str, Path], t
     assert any("which PEFT refuses to load" in notice for notice in done.notices)
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_a_merge_that_went_wrong_leaves_nothing(
-    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bases: dict[str, Path], dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """One weight of one module off by a thousandth of its largest."""
+    """One weight of one module off by a ten-thousandth of its largest, far below what bf16 rounds."""
     made(bases["llama"], tmp_path / "a", target_modules=LLAMA)
     merge = merged._merge
 
     def faulty(model: Any, adapter: Any) -> torch.Tensor:
         meant = merge(model, adapter)
         weight = model.model.layers[1].mlp.up_proj.weight
-        weight[3, 3] += 1e-3 * weight.abs().max()
+        weight[3, 3] += 1e-4 * weight.abs().max()
         return meant
 
     monkeypatch.setattr(merged, "_merge", faulty)
     with pytest.raises(RankwiseError, match=r"layers.1.mlp.up_proj' of the merged model differs"):
-        export_merged(tmp_path / "a", tmp_path / "out")
+        export_merged(tmp_path / "a", tmp_path / "new" / "out", dtype=dtype)
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_what_is_stored_otherwise_leaves_nothing(
+    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A saved head that is not the adapter's; and a file that does not hold what was written to it."""
+    made(bases["llama"], tmp_path / "a", target_modules=["q_proj"], modules_to_save=["lm_head"])
+    merge = merged._merge
+
+    def faulty(model: Any, adapter: Any) -> torch.Tensor:
+        meant = merge(model, adapter)
+        model.lm_head.weight[0, 0] += 1e-3
+        return meant
+
+    with monkeypatch.context() as patch:
+        patch.setattr(merged, "_merge", faulty)
+        with pytest.raises(RankwiseError, match=r"lm_head.weight' of the merged model is not the tensor"):
+            export_merged(tmp_path / "a", tmp_path / "new" / "out")
+    load = AutoModelForCausalLM.from_pretrained
+
+    def spoilt(folder: Any, **settings: Any) -> Any:
+        model = load(folder, **settings)
+        if "partial" in str(folder):
+            model.model.norm.weight.data[0] += 1
+        return model
+
+    monkeypatch.setattr(merged.AutoModelForCausalLM, "from_pretrained", spoilt)
+    with pytest.raises(RankwiseError, match=r"norm.weight' of the merged model reads back otherwise"):
+        export_merged(tmp_path / "a", tmp_path / "new" / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_tokenizer_and_settings(bases: dict[str, Path], tmp_path: Path):
+    """The adapter's own tokenizer is written where it has one; of the config only the dtype changes."""
+    made(bases["llama"], tmp_path / "a", target_modules=["q_proj"])
+    own = byte_tokenizer()
+    own.chat_template = "trained with this"
+    own.save_pretrained(tmp_path / "a")
+    done = export_merged(tmp_path / "a", tmp_path / "out", dtype="bf16")
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == "trained with this"
+    assert "the tokenizer is the adapter's own" in done.notices
+    before, after = (
+        json.loads((folder / "config.json").read_text()) for folder in (bases["llama"], tmp_path / "out")
+    )
+    assert {key for key in before | after if before.get(key) != after.get(key)} == {"dtype"}
+    assert after["use_cache"]
 
 
 @pytest.mark.parametrize(
@@ -112,6 +159,8 @@ def test_a_merge_that_went_wrong_leaves_nothing(
         ({"base_model_name_or_path": None}, {}, "name it with --model"),
         ({"task_type": "SEQ_CLS"}, {}, "only causal language models"),
         ({}, {"model": "{gpt2}"}, "has no module"),
+        ({"base_model_name_or_path": "~nobody/x"}, {}, "cannot be had"),
+        ({"base_model_name_or_path": "x" * 5000}, {}, "cannot be had"),
         ({}, {"dtype": "int4"}, "dtype must be one of fp32, bf16, fp16"),
         ({"base_model_name_or_path": "/nowhere"}, {}, "cannot be had"),
     ],

@@ -99,7 +99,7 @@ def test_what_peft_builds_otherwise_is_refused(
         return size
 
     monkeypatch.setattr(patterned, "write_patterned", faulty)
-    with pytest.raises(RankwiseError, match="PEFT does not load the result"):
+    with pytest.raises(RankwiseError, match=r"not load the result: Error.* size mismatch for .*q_proj"):
         export_peft(folder, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import shlex
@@ -78,10 +79,14 @@ def test_what_was_exported_is_the_adapter(folder: Path, said: dict[str, str], ti
 
 def test_the_servers_lines_are_those_that_export_prints(said: dict[str, str]):
     served = said[LINES[1]]
-    for line in re.findall(r"^(?:vllm|python -m sglang).*$", SECTION, re.MULTILINE):
+    lines = re.findall(r"^(?:vllm|python -m sglang).*$", SECTION, re.MULTILINE)
+    assert len(lines) == 2
+    for line in lines:
         flags = line[line.index("--enable-lora") :].rpartition(" ")
         assert flags[0] in served, flags
         assert flags[2].startswith("mine=served")
+    assert "--lora my-adapter.gguf" in said[LINES[4]]
+    assert "--lora my-adapter.gguf" in SECTION
 
 
 def test_the_same_from_python(folder: Path, said: dict[str, str], tmp_path: Path):
@@ -94,14 +99,15 @@ def test_the_same_from_python(folder: Path, said: dict[str, str], tmp_path: Path
 def test_without_out_it_stands_beside_its_source(folder: Path, tmp_path: Path):
     (tmp_path / "mine").symlink_to(folder / "my-adapter")
     (tmp_path / "plan.json").write_bytes((folder / "plan.json").read_bytes())
-    assert rankwise.export(tmp_path / "plan.json", format="trl").out == tmp_path / "plan.trl.py"
+    assert rankwise.export(tmp_path / "plan.json", format="trl").out == tmp_path / "plan_trl.py"
     assert json.loads(json.dumps(rankwise.export(tmp_path / "plan.json", format="unsloth").as_dict()))
-    assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "mine",
-        "plan.json",
-        "plan.trl.py",
-        "plan.unsloth.py",
-    ]
+    assert rankwise.export(tmp_path / "mine").out == tmp_path / "mine-uniform"  # beside the link
+    names = {"mine", "mine-uniform", "plan.json", "plan_trl.py", "plan_unsloth.py"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    spec = importlib.util.spec_from_file_location("plan_trl", tmp_path / "plan_trl.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.peft_config.r == 16 or 16 in module.peft_config.rank_pattern.values()
 
 
 @pytest.mark.parametrize(

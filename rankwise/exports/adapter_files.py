@@ -16,7 +16,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -223,6 +223,7 @@ def written_aside(folder: Path) -> Iterator[Path]:
     """
     folder = folder.absolute()
     aside = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    made = [parent for parent in folder.parents if not parent.exists()]
     try:
         aside.mkdir(parents=True)
         yield aside
@@ -232,6 +233,9 @@ def written_aside(folder: Path) -> Iterator[Path]:
         raise RankwiseError(f"The adapter cannot be written to {folder}: {why}.") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+        for parent in () if folder.exists() else made:
+            with suppress(OSError):
+                parent.rmdir()
 
 
 def need_new(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ def base_source(adapter: Adapter, model: str | None) -> str:
     named = adapter.declared.base_model_name_or_path
     if not named:
         raise RankwiseError(f"{adapter.folder} does not name its base model; name it with --model.")
-    if Path(named).expanduser().exists() or named.startswith(("/", ".", "~")):
+    if _local(named) is not None or named.startswith(("/", ".", "~")):
         source = f"file:{named}"
     else:
         source = f"hf:{named}" + (f"@{adapter.declared.revision}" if adapter.declared.revision else "")
@@ -53,14 +54,25 @@ def skeleton(adapter: Adapter, model: str | None) -> Any | None:
     """
     if model is not None:
         return models.skeleton(model)
-    named = Path(adapter.declared.base_model_name_or_path or "").expanduser()
-    if adapter.declared.task_type not in (None, "CAUSAL_LM") or not (named / "config.json").is_file():
+    named = _local(adapter.declared.base_model_name_or_path or "")
+    if adapter.declared.task_type not in (None, "CAUSAL_LM") or named is None:
+        return None
+    if not (named / "config.json").is_file():
         return None
     try:
         config = AutoConfig.from_pretrained(named, local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (OSError, ValueError, KeyError):
+        return None
+
+
+def _local(name: str) -> Path | None:
+    """Return the file or folder of that name on this machine, if there is one."""
+    try:
+        place = Path(os.path.expanduser(name))  # noqa: PTH111 - a Path raises for ~nobody
+        return place if name and place.exists() else None
+    except (OSError, ValueError):  # too long for a path, or a character that no path has
         return None
 
 

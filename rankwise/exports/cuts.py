@@ -16,7 +16,8 @@ from rankwise.exports.programs import every
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 """Relative difference of a module's update that is rounding: 1e-5 as the formats promise in fp32; in half
-precision two factors are rounded, by 2^-9 (bf16) or 2^-12 (fp16) of each value at most."""
+precision two factors are rounded, each value by half a unit in its last place: 2^-9 (bf16) or 2^-12 (fp16) of
+the power of two above it."""
 
 
 @dataclass(frozen=True)

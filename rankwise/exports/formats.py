@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -45,7 +46,7 @@ FORMATS: dict[str, Format] = {
     "merged": Format(export_merged, ("dtype", "model")),
     "gguf": Format(export_gguf, ("max_rank", "dtype", "model"), ".gguf"),
     **{
-        name: Format(partial(export_trainer, name), ("dropout",), f".{name}{trainer.suffix}")
+        name: Format(partial(export_trainer, name), ("dropout",), f"_{name}{trainer.suffix}")
         for name, trainer in TRAINERS.items()
     },
 }
@@ -79,8 +80,8 @@ def export(
 
 
 def beside(source: str | Path, format: str) -> Path:
-    """Return where a format goes next to its source: `mine-uniform`, `mine.gguf`, `plan.trl.py`."""
-    place, suffix = Path(source).resolve(), FORMATS[format].suffix
+    """Return where a format goes next to its source: `mine-uniform`, `mine.gguf`, `plan_trl.py`."""
+    place, suffix = Path(os.path.abspath(source)), FORMATS[format].suffix  # noqa: PTH100 - links stay links
     if not suffix:
         return place.with_name(f"{place.name}-{format}")
     return place.with_name(f"{place.stem if place.is_file() else place.name}{suffix}")

@@ -21,7 +21,7 @@ from peft.tuners.lora import LoraLayer
 from rich.table import Table
 
 from rankwise import adapters
-from rankwise.errors import RankwiseError
+from rankwise.errors import RankwiseError, visible
 from rankwise.exports.adapter_files import (
     Adapter,
     Update,
@@ -173,7 +173,7 @@ def prove_loads(folder: Path, adapter: Adapter, base: Any | None) -> dict[str, t
     config = LoraConfig.from_pretrained(str(folder))
     if base is None:
         config.task_type = None  # a class for the task would ask the stand-in for more than modules
-        config.modules_to_save = None
+        config.modules_to_save = config.trainable_token_indices = None
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
         try:
@@ -181,8 +181,7 @@ def prove_loads(folder: Path, adapter: Adapter, base: Any | None) -> dict[str, t
                 _stand_in(adapter) if base is None else base, str(folder), config=config
             )
         except Exception as error:  # PEFT raises many kinds, each of which means the same here
-            why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise RankwiseError(f"PEFT does not load the result: {why}") from error
+            raise RankwiseError(f"PEFT does not load the result: {why(error)}") from error
     said = [str(warning.message) for warning in heard]
     if amiss := [text for text in said if "did not match" in text or "missing adapter keys" in text]:
         raise RankwiseError(f"PEFT warns about the result: {amiss[0]}")
@@ -197,6 +196,12 @@ def prove_loads(folder: Path, adapter: Adapter, base: Any | None) -> dict[str, t
                 f"{wanted[name].rank} and {wanted[name].scale:.6g}."
             )
     return built
+
+
+def why(error: Exception) -> str:
+    """Return what an error of another program says, in a line: the first that is no heading, where one is."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return visible(" ".join(lines[:2]) if lines[0].endswith(":") else lines[0])
 
 
 def _checked(loaded_on: str) -> str:

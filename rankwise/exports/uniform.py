@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -179,7 +180,7 @@ def export_uniform(
         bytes_after=size,
         differences=differences,
         verdicts=verdicts,
-        flags=_flags(target, rank),
+        flags=_flags(target, rank, tgi),
         notices=said,
     )
 
@@ -283,16 +284,16 @@ def _refusals(verdicts: Mapping[str, Verdict], checked: Sequence[str]) -> list[s
     return [*said, *dict.fromkeys(notice for name in checked for notice in verdicts[name].notices)]
 
 
-def _flags(out: Path, rank: int) -> dict[str, str]:
+def _flags(out: Path, rank: int, tgi: bool) -> dict[str, str]:
     """Return what each server needs to be told."""
-    allowed = vllm_rank(rank)
+    allowed, place = vllm_rank(rank), shlex.quote(str(out))
     vllm = (
         f"none: its largest --max-lora-rank is below {rank}; cut the adapter with --max-rank"
         if allowed is None
-        else f"--enable-lora --max-lora-rank {allowed} --lora-modules NAME={out}"
+        else f"--enable-lora --max-lora-rank {allowed} --lora-modules NAME={place}"
     )
     return {
         "vLLM": vllm,
-        "SGLang": f"--enable-lora --max-lora-rank {rank} --lora-paths NAME={out}",
-        "TGI": f"--lora-adapters NAME={out}",
+        "SGLang": f"--enable-lora --max-lora-rank {rank} --lora-paths NAME={place}",
+        **({"TGI": f"--lora-adapters NAME={place}"} if tgi else {}),
     }
