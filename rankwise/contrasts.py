@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rankwise import stats
-from rankwise.config import SCREENING_BELOW
+from rankwise.config import SCREENING_BELOW, StudyConfig
 from rankwise.errors import RankwiseError
 from rankwise.resampling import crossed_bootstrap
 from rankwise.seeds import generator
@@ -110,3 +110,18 @@ def crossed(results: Results, arm: str, against: str) -> tuple[float, float] | N
     found = np.array([[mine[row][0] - other[row][0] for row in names] for mine, other in tables])
     tokens = np.array([tables[0][0][row][1] for row in names], dtype=float)
     return crossed_bootstrap(found, tokens, generator(0, "bootstrap", arm, against), draws=DRAWS).bca
+
+
+def control(config: StudyConfig, arm: str) -> str | None:
+    """Return the uniform arm of an arm's budget, the baseline first, or else the baseline; None for those."""
+    wanted = config.arms[arm]
+    if wanted.strategy == "uniform":
+        return None
+    same = [
+        name
+        for name, other in config.arms.items()
+        if other.strategy == "uniform"
+        if wanted.budget is not None and str(other.budget) == str(wanted.budget)
+    ]
+    found = config.baseline if config.baseline in same or not same else same[0]
+    return None if found == arm else found

@@ -6,11 +6,8 @@ paths of this machine, no program versions inside the picture.
 
 from __future__ import annotations
 
-import html
 import importlib.metadata
 import json
-import re
-import unicodedata
 from collections.abc import Callable
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
@@ -21,6 +18,7 @@ import numpy as np
 from rankwise.aside import replacing
 from rankwise.data import Example, Prepared
 from rankwise.errors import RankwiseError
+from rankwise.markdown import prose
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -150,20 +148,12 @@ def markdown(facts: dict[str, Any]) -> str:
     """Render `card`'s facts as Markdown in which no string can be markup."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("rankwise"),
-        finalize=lambda value: escape(value) if isinstance(value, str) else value,
+        finalize=lambda value: prose(value) if isinstance(value, str) else value,
         undefined=jinja2.StrictUndefined,
         keep_trailing_newline=True,
         autoescape=False,
     )
     return environment.get_template("card.md.j2").render(card=facts, shown=SHOWN, n=_number, pct=_percent)
-
-
-def escape(text: str) -> str:
-    """Return text that Markdown and HTML show as it is, on one line."""
-    # Control, format (bidirectional overrides) and surrogate characters have no business in a card.
-    plain = "".join("\ufffd" if unicodedata.category(c) in ("Cf", "Cs") else c for c in text)
-    plain = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+", " ", plain)
-    return re.sub(r"([\\`*_{}\[\]()#|~!$])", r"\\\1", html.escape(plain, quote=False))
 
 
 def draw(facts: dict[str, Any], path: Path) -> None:

@@ -87,7 +87,11 @@ def skeleton(source: str, relative_to: Path | None = None) -> Any:
     """
     _quiet()
     found = sources.fetch(source, kind="model", relative_to=relative_to)
-    folder = _dequantised(found.path, found.sha256) if found.path.is_file() else found.path
+    return skeleton_of(_dequantised(found.path, found.sha256) if found.path.is_file() else found.path, source)
+
+
+def skeleton_of(folder: Path, source: str) -> Any:
+    """Return the model of a folder on PyTorch's meta device; `source` is what errors call it."""
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):

@@ -10,6 +10,7 @@ import json
 import math
 import re
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -136,17 +137,12 @@ class RankPlan(Frozen):
             )
         from peft import LoraConfig  # here, so that reading a plan does not load torch
 
-        common = Counter(self.ranks[module.name] for module in used).most_common(1)[0][0]
-        alphas = {module.name: whole_alpha(self.scale.alpha(self.ranks[module.name])) for module in used}
-        alpha = whole_alpha(self.scale.alpha(common))
+        ranks = {module.name: self.ranks[module.name] for module in used}
         fields: dict[str, Any] = {
+            **patterns(ranks, {name: self.scale.alpha(rank) for name, rank in ranks.items()}),
             "task_type": "CAUSAL_LM",
-            "r": common,
-            "lora_alpha": alpha,
             "lora_dropout": dropout,
-            "target_modules": list(alphas),
-            "rank_pattern": {pattern_key(n): self.ranks[n] for n in alphas if self.ranks[n] != common},
-            "alpha_pattern": {pattern_key(n): value for n, value in alphas.items() if value != alpha},
+            "target_modules": list(ranks),
             "fan_in_fan_out": all(module.conv1d for module in used),
         }
         if self.exclude:
@@ -238,6 +234,21 @@ def short(count: int) -> str:
     if count < 1000:
         return str(count)
     return f"{count / 1e3:.1f}k" if count < 999_950 else f"{count / 1e6:.2f}M"
+
+
+def patterns(ranks: Mapping[str, int], alphas: Mapping[str, float]) -> dict[str, Any]:
+    """Return the fields of `LoraConfig` under which each module gets its rank and alpha, without rsLoRA.
+
+    `r` and `lora_alpha` are the most frequent pair, which leaves the fewest patterns.
+    """
+    whole = {name: whole_alpha(alpha) for name, alpha in alphas.items()}
+    (rank, alpha), _ = Counter((ranks[name], whole[name]) for name in ranks).most_common(1)[0]
+    return {
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {pattern_key(name): value for name, value in ranks.items() if value != rank},
+        "alpha_pattern": {pattern_key(name): value for name, value in whole.items() if value != alpha},
+    }
 
 
 def pattern_key(name: str) -> str:

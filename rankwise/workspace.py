@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jinja2
 
@@ -45,10 +44,6 @@ class Workspace:
 
     folder: Path
     files: tuple[str, ...]
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return it as plain JSON values."""
-        return {"folder": str(self.folder), "files": list(self.files)}
 
     def summary(self) -> list[str]:
         """Return in sentences what is there and what comes next."""

@@ -14,7 +14,6 @@ from markdown_it import MarkdownIt
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 
-from rankwise import datacard
 from rankwise.config import TrainConfig
 from rankwise.errors import RankwiseError
 from rankwise.exports.adapter_files import Adapter, read_adapter
@@ -457,7 +456,7 @@ def test_names_are_shown_and_do_nothing(tmp_path: Path):
     card, text = carded(adapter, tmp_path / "out", notes=[HOSTILE, f"see {HOSTILE}"])
     assert set(card.data.to_dict()) == {"library_name", "pipeline_tag", "tags"}
     assert f"arm {code(TEX)}, seed 3" in text
-    assert datacard.escape(EVIL) in text
+    assert prose(EVIL) in text
     assert f"What the study says: {prose(opening(results))}" in text
     assert prose("Differs: lower loss (1 of 2 declared contrasts): spectral against uniform") in text
     assert "- Licence: Alpaca-style rows" in text and "for non-commercial use" in text
@@ -472,20 +471,3 @@ def test_a_hostile_configuration_and_hostile_tensors(tmp_path: Path):
     assert set(card.data.to_dict()) == {"library_name", "tags"}
     carded(headed(tmp_path / "b", revision='x", trust_remote_code=True, y="'), tmp_path / "revision")
     assert "trust_remote_code" not in (tmp_path / "revision" / "README.md").read_text()
-
-
-@pytest.mark.parametrize("text", ["`", "``", "a`b", "` a", "", "  ", "a\nb", HOSTILE, "x" * 1000])
-def test_a_code_span_holds_any_text(text: str):
-    tokens = MarkdownIt("commonmark").parse(f"a {code(text)} b")
-    children = tokens[1].children or []
-    assert [child.type for child in children] == ["text", "code_inline", "text"]
-    assert len(children[1].content) <= 301
-    if text in ("`", "``", "a`b", "` a"):
-        assert children[1].content.strip() == text.strip()
-
-
-def test_a_sentence_reads_as_it_was_written():
-    sentence = "uniform@r1 is *not* <shown>, see https://a.example/b_c: (www.a.example) 95 % [a](b) `c`."
-    tokens = MarkdownIt("commonmark", {"html": True}).parse(str(prose(sentence)))
-    assert {child.type for child in tokens[1].children or ()} == {"text", "code_inline"}
-    assert "".join(child.content for child in tokens[1].children or ()) == sentence

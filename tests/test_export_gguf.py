@@ -11,8 +11,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
+from hypothesis import assume, settings
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import (
@@ -39,6 +38,7 @@ from tests import zoo
 from tests.conftest import tiny_llama
 from tests.parts import plan_of, tiny_gpt2
 from tests.refusals import files
+from tests.test_export_uniform import random_plans
 from tests.test_shrink_adapter import BAD, LLAMA, best, edited, retensored, spoil
 
 SIZES = {**zoo.GLU, "num_hidden_layers": 2, "head_dim": 8}
@@ -151,12 +151,7 @@ def need_same(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray], withi
 
 
 @settings(max_examples=24, deadline=None)
-@given(
-    family=st.sampled_from(sorted(FAMILIES)),
-    rule=st.sampled_from(["constant", "alpha", "rslora"]),
-    value=st.sampled_from([0.3, 2.0, 16.0]),
-    draw=st.lists(st.sampled_from([0, 0, 1, 2, 3, 5, 8]), min_size=21, max_size=21),
-)
+@random_plans(FAMILIES, 21)
 def test_llama_cpp_adds_what_was_trained(
     bases: dict[str, Path],
     tmp_path_factory: pytest.TempPathFactory,

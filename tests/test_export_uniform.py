@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -105,13 +106,18 @@ def need_same_everywhere(family: str, folder: Path, wanted: torch.Tensor) -> Non
         assert distance(logits(loaded(family, folder, dict(applied.scales))), wanted) < 1e-5, name
 
 
+def random_plans(families: Iterable[str], modules: int) -> Any:
+    """A decorator that draws a family, a scale rule with its value, and a rank for each module."""
+    return given(
+        family=st.sampled_from(sorted(families)),
+        rule=st.sampled_from(["constant", "alpha", "rslora"]),
+        value=st.sampled_from([0.3, 2.0, 16.0]),
+        draw=st.lists(st.sampled_from([0, 0, 1, 2, 3, 5, 8]), min_size=modules, max_size=modules),
+    )
+
+
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    family=st.sampled_from(sorted(MODELS)),
-    rule=st.sampled_from(["constant", "alpha", "rslora"]),
-    value=st.sampled_from([0.3, 2.0, 16.0]),
-    draw=st.lists(st.sampled_from([0, 0, 1, 2, 3, 5, 8]), min_size=14, max_size=14),
-)
+@random_plans(MODELS, 14)
 def test_logits_are_the_same_under_every_rule(
     bases: dict[str, Path],
     tmp_path_factory: pytest.TempPathFactory,

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "rankwise"
 ORDER = """
-    errors aside config seeds stats resampling power ladder selection store tables contrasts figures
+    errors aside markdown config seeds stats resampling power ladder selection store tables contrasts figures
     figuretables budget plans savings advice recommend tracking report datasizes sizing evidence inventory
     strategies cached package_index downloads sources studyfaults studyfile paper memorybank workspace machine
     models rows data datacard studydata lowrank adapters rankuse engine generation checkpoint train evaluate

@@ -17,7 +17,7 @@ from rankwise.contrasts import contrast_rows
 from rankwise.errors import RankwiseError
 from rankwise.memorybank import DOCUMENTS, Memory, write_memory
 from rankwise.memorybank.markers import begin, end
-from rankwise.memorybank.text import code, prose
+from rankwise.memorybank.text import prose
 from rankwise.recommend import recommend
 from rankwise.report.settings import study_yaml
 from rankwise.tables import Results, arm_rows
@@ -343,28 +343,11 @@ def test_hostile_names_are_shown_as_they_are(tmp_path: Path):
         assert not [t for t in tokens if t.type in ("image", "em")]
         assert not [t for t in tokens if t.type == "link_open" and ":" in str(t.attrGet("href"))]
         assert "\x1b" not in text
-    assert EVIL in flat(texts(tmp_path)["knowledge"].decode()) and TEX in flat(
-        texts(tmp_path)["progress"].decode()
-    )
-    assert name.replace("\x1b", "\\x1b") in flat(texts(tmp_path)["progress"].decode())
-    assert source in flat(texts(tmp_path)["active-focus"].decode())
-
-
-def test_addresses_in_names_become_no_links():
-    gfm = MarkdownIt("commonmark").enable("table")
-    for name in (
-        "http://a.example",
-        "see www.a.example",
-        "a_b __c__",
-        "*x*",
-        "<b>",
-        "&amp;",
-        "[a](b)",
-        "a\\`b",
-    ):
-        assert gfm.renderInline(prose(name)) == gfm.renderInline("".join(f"&#{ord(c)};" for c in name))
-        assert "http://" not in prose(name) and "www." not in prose(name)
-    assert code("uniform@r4") == "`uniform@r4`" and "`" not in code("a`b").replace("\\`", "")
+    assert EVIL in flat(texts(tmp_path)["knowledge"].decode())
+    assert TEX.replace("|", "\u00a6") in flat(texts(tmp_path)["progress"].decode())  # no pipe in a table
+    told = flat(texts(tmp_path)["progress"].decode()).replace(" ", "")  # addresses are code: other tokens
+    assert name.replace("\x1b", "").replace(" ", "") in told
+    assert source.replace("|", "\u00a6") in flat(texts(tmp_path)["active-focus"].decode())
 
 
 def test_every_link_leads_somewhere(tmp_path: Path):

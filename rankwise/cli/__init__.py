@@ -4,8 +4,7 @@ options.py    the application, shared options
 plans.py      doctor, data, plan, inspect, export, shrink
 studies.py    train, study run|status|validate|schema
 evidence.py   report, recommend, auto, track
-paper.py      paper
-writing.py    memory, init
+writing.py    memory, init, paper
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ from typing import Any
 
 import typer
 
-from rankwise.cli import evidence, paper, plans, studies, writing  # each adds its commands
+from rankwise.cli import evidence, plans, studies, writing  # each adds its commands
 from rankwise.cli.options import app
 from rankwise.errors import RankwiseError, visible
 
-__all__ = ["app", "evidence", "main", "paper", "plans", "studies", "writing"]
+__all__ = ["app", "evidence", "main", "plans", "studies", "writing"]
 
 STOPPED = 130
 USAGE_ERROR: Any = typer.BadParameter.__base__  # typer does not name its copy of Click's class

@@ -11,12 +11,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import shutil
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +25,7 @@ from safetensors.torch import save_file
 
 from rankwise.errors import RankwiseError
 from rankwise.exports.declared import Declared, read_config, read_declared
-from rankwise.plans import pattern_key, whole_alpha
+from rankwise.plans import patterns
 
 PREFIX = "base_model.model."
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -193,15 +189,9 @@ def config_for(adapter: Adapter, updates: Sequence[Update]) -> dict[str, Any]:
     """Return the configuration under which plain PEFT gives each update its rank and its scale."""
     every = [*updates, *adapter.embeddings]
     ranks = {update.name: update.rank for update in every}
-    alphas = {update.name: whole_alpha(update.scale * update.rank) for update in every}
-    # the most frequent pair leaves the fewest patterns
-    (rank, alpha), _ = Counter((ranks[name], alphas[name]) for name in ranks).most_common(1)[0]
     config = {
         **adapter.config,
-        "r": rank,
-        "lora_alpha": alpha,
-        "rank_pattern": {pattern_key(n): value for n, value in ranks.items() if value != rank},
-        "alpha_pattern": {pattern_key(n): value for n, value in alphas.items() if value != alpha},
+        **patterns(ranks, {update.name: update.scale * update.rank for update in every}),
         "use_rslora": False,
         "init_lora_weights": True,  # a start of its own ("eva", "orthogonal") may refuse the new rank
     }
@@ -212,40 +202,6 @@ def config_for(adapter: Adapter, updates: Sequence[Update]) -> dict[str, Any]:
         config |= {"target_modules": sorted(ranks), "layers_to_transform": None, "layers_pattern": None}
         config["exclude_modules"] = _exclusions(adapter, set(ranks))
     return config
-
-
-@contextmanager
-def written_aside(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder that becomes `folder` when the block ends well, and vanishes when it does not.
-
-    Raises:
-        RankwiseError: `folder` cannot be written, or has come into being meanwhile.
-    """
-    folder = folder.absolute()
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    made = [parent for parent in folder.parents if not parent.exists()]
-    try:
-        aside.mkdir(parents=True)
-        yield aside
-        aside.rename(folder)
-    except (OSError, SafetensorError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise RankwiseError(f"The adapter cannot be written to {folder}: {why}.") from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-        for parent in () if folder.exists() else made:
-            with suppress(OSError):
-                parent.rmdir()
-
-
-def need_new(folder: Path) -> None:
-    """Refuse a folder that would be overwritten.
-
-    Raises:
-        RankwiseError: there is a file of that name, or a folder that is not empty.
-    """
-    if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
-        raise RankwiseError(f"{folder} is there already; name a new folder with --out, or remove that one.")
 
 
 # --- reading ---------------------------------------------------------------------------------------

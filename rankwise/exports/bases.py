@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from rankwise import models, sources
@@ -60,10 +59,8 @@ def skeleton(adapter: Adapter, model: str | None) -> Any | None:
     if not (named / "config.json").is_file():
         return None
     try:
-        config = AutoConfig.from_pretrained(named, local_files_only=True, trust_remote_code=False)
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (OSError, ValueError, KeyError):
+        return models.skeleton_of(named, str(named))
+    except RankwiseError:
         return None
 
 

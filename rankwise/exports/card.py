@@ -13,7 +13,6 @@ import importlib.metadata
 import json
 import re
 import shlex
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import Any
 import jinja2
 import yaml
 
-from rankwise import datacard
+from rankwise import markdown
 from rankwise.errors import RankwiseError, one_of
 from rankwise.exports.adapter_files import Adapter, Update
 from rankwise.exports.origins import CARD, PLAIN, base_of, licence_of, own_card, plan_of, run_of
@@ -59,7 +58,6 @@ ACROSS = 40  # layers side by side whose numbers can be read; more go down the p
 MOST_LAYERS, MOST_PARTS = 400, 60  # of a picture; what has more is a table alone
 
 _PLACE = re.compile(r"(?:.*?\.)?(?P<layer>\d{1,6})\.(?P<path>.+)", re.ASCII)
-_LINKISH = re.compile(r"://|www\.|mailto:|xmpp:|@", re.IGNORECASE)
 
 
 class Safe(str):
@@ -102,7 +100,7 @@ def write_card(
 
     Raises:
         RankwiseError: no such format, or the picture cannot be written.
-        OSError: the card cannot be written; `written_aside` makes it a RankwiseError.
+        OSError: the card cannot be written; `places` makes it a RankwiseError.
 
     Cost: 2 s, most of it the import of matplotlib; of a study also 0.1 s for each declared contrast.
     """
@@ -164,32 +162,13 @@ def _front_matter(facts: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
 
 
 def code(text: object) -> Safe:
-    """Return a text as a code span on one line, in which nothing is a link or markup.
-
-    No pipe is left, so that it can stand in a table.
-    """
-    shown = _line(text).replace("|", "\u00a6").strip()
-    shown = shown[:300] + "…" * (len(shown) > 300) or "(empty)"
-    fence = "`" * (1 + max((len(run) for run in re.findall("`+", shown)), default=0))
-    space = " " * (shown[0] == "`" or shown[-1] == "`")
-    return Safe(f"{fence}{space}{shown}{space}{fence}")
-
-
-def _line(text: object) -> str:
-    """Return a text without what would end the line or turn its direction."""
-    seen = "".join("\ufffd" if unicodedata.category(c) in ("Cf", "Cs") else c for c in str(text))
-    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+", " ", seen)
+    """Return a text as a code span, in which nothing is a link or markup."""
+    return Safe(markdown.code(text))
 
 
 def prose(text: str) -> Safe:
-    """Return a sentence in which no word is markup; words that a reader would make links of become code."""
-    words = re.split(r"(\s+)", text.strip())
-    return Safe("".join(_word(word) if _LINKISH.search(word) else datacard.escape(word) for word in words))
-
-
-def _word(word: str) -> str:
-    core = word.rstrip(".,;:)") or word
-    return code(core) + datacard.escape(word[len(core) :])
+    """Return a sentence in which no word is markup or a link."""
+    return Safe(markdown.prose(text.strip()))
 
 
 def _bare(value: str) -> Safe:
@@ -200,7 +179,7 @@ def _bare(value: str) -> Safe:
 
 def _quoted(value: object) -> Safe:
     """Return a word for a shell, on one line of a code block."""
-    return Safe(shlex.quote(_line(value)))
+    return Safe(shlex.quote(markdown.line(value)))
 
 
 def _render(facts: Mapping[str, Any]) -> str:

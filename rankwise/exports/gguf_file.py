@@ -25,8 +25,7 @@ import json
 import math
 import shlex
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,10 +35,9 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 
-from rankwise.aside import replacing
 from rankwise.errors import RankwiseError, visible
 from rankwise.exports.adapter_files import Adapter, Update
-from rankwise.exports.bases import Shapes, skeleton
+from rankwise.exports.bases import Shapes
 from rankwise.exports.cuts import (
     TOLERANCE,
     ExportedModule,
@@ -52,6 +50,7 @@ from rankwise.exports.cuts import (
     stored,
 )
 from rankwise.exports.inspecting import read_checked
+from rankwise.exports.places import need_new_file, new_file
 from rankwise.exports.programs import every, extras
 
 ARCHITECTURES = {
@@ -117,7 +116,7 @@ class GgufExported:
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything as JSON values."""
-        return json.loads(json.dumps({**asdict(self), "adapter": str(self.adapter), "out": str(self.out)}))
+        return json.loads(json.dumps(asdict(self), default=str))
 
     def summary(self) -> str:
         """Return what was done as sentences, one a line."""
@@ -179,15 +178,15 @@ def export_gguf(
     target = Path(out)
     kind = dtype_of(dtype)
     need_rank(max_rank)
-    _need_new_file(target)
-    source, shapes, notices = read_checked(adapter, model)
-    config = _base_config(source, shapes, model)
+    need_new_file(target, ".gguf", "A GGUF file")
+    source, base, shapes, notices = read_checked(adapter, model)
+    config = _base_config(source, base, shapes)
     architecture = _architecture(config)
     places = _places(source, config, architecture)
     cuts = [cut(update, max_rank) for update in every(source)]
     alpha = _common_alpha(cuts)
     written = [_written(c, alpha, _kind(kind, u)) for c, u in zip(cuts, every(source), strict=True)]
-    with _new_file(target) as aside:
+    with new_file(target) as aside:
         _write(aside, written, places, architecture, alpha)
         size = aside.stat().st_size
         worst = _prove(aside, cuts, places, architecture)
@@ -205,16 +204,15 @@ def export_gguf(
         bytes_before=source.size,
         bytes_after=size,
         difference=worst,
-        notices=(*source.notices, *notices),
+        notices=notices,
     )
 
 
 # --- the base --------------------------------------------------------------------------------------
 
 
-def _base_config(source: Adapter, shapes: Shapes | None, model: str | None) -> Any:
+def _base_config(source: Adapter, base: Any | None, shapes: Shapes | None) -> Any:
     """Return the configuration of the base's text model, of which every adapted module must be a part."""
-    base = skeleton(source, model)
     if base is None or shapes is None:
         named = source.declared.base_model_name_or_path
         why = "names none" if not named else f"names {visible(named)!r}, which is no folder of one here"
@@ -316,34 +314,6 @@ def _written(update: Update, alpha: float, kind: torch.dtype) -> Update:
 
 
 # --- writing and proving ---------------------------------------------------------------------------
-
-
-def _need_new_file(target: Path) -> None:
-    if target.suffix != ".gguf":
-        raise RankwiseError(f"A GGUF file is called NAME.gguf; got {str(target)!r}. Name one with --out.")
-    if target.exists() or target.is_symlink():
-        raise RankwiseError(f"{target} is there already; name a new file with --out, or remove that one.")
-
-
-@contextmanager
-def _new_file(target: Path) -> Iterator[Path]:
-    """Yield a path that becomes `target` when the block ends well; else it goes, with folders made for it."""
-    target = target.absolute()
-    made = [folder for folder in target.parents if not folder.exists()]
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(target) as aside:
-            yield aside
-            _need_new_file(target)
-    except BaseException as error:
-        for folder in made:
-            with suppress(OSError):
-                folder.rmdir()
-        if isinstance(error, OSError):
-            raise RankwiseError(
-                f"The file cannot be written to {target}: {error.strerror or error}."
-            ) from None
-        raise
 
 
 def _write(

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from peft.utils.other import get_pattern_key
 from rich.box import SIMPLE_HEAD
@@ -164,7 +164,8 @@ def inspect_adapter(folder: str | Path, *, model: str | None = None) -> Inspecti
 
     Cost: two QR decompositions and an SVD of (r, r) per module; of the base, its configuration alone.
     """
-    adapter, _, notices = read_checked(folder, model)
+    checked = read_checked(folder, model)
+    adapter = checked.adapter
     modules = tuple(_inspected(adapter, update) for update in every(adapter))
     held = {m.name: m.energy / m.scale**2 if m.scale else 0.0 for m in modules}
     declared = adapter.declared
@@ -182,15 +183,28 @@ def inspect_adapter(folder: str | Path, *, model: str | None = None) -> Inspecti
         ),
         size=adapter.size,
         verdicts={name: judge(program, adapter, held) for name, program in PROGRAMS.items()},
-        notices=(*adapter.notices, *notices),
+        notices=checked.notices,
     )
 
 
-def read_checked(folder: str | Path, model: str | None) -> tuple[Adapter, Shapes | None, tuple[str, ...]]:
-    """Read an adapter as `read_adapter` does, and refuse more that no program should be given.
+class Checked(NamedTuple):
+    """An adapter that was read, and its base as far as that can be had without its weights.
 
-    Returns:
-        The adapter, the shapes of its base where they can be had, and what a reader must know of them.
+    Attributes:
+        adapter: as read.
+        base: the model on PyTorch's meta device; None where it cannot be had.
+        shapes: of the base's modules; None without it.
+        notices: what a reader must know of adapter and base.
+    """
+
+    adapter: Adapter
+    base: Any | None
+    shapes: Shapes | None
+    notices: tuple[str, ...]
+
+
+def read_checked(folder: str | Path, model: str | None) -> Checked:
+    """Read an adapter as `read_adapter` does, and refuse more that no program should be given.
 
     Raises:
         RankwiseError: whatever `read_adapter` refuses; names of tensors that are no dotted module names;
@@ -206,7 +220,7 @@ def read_checked(folder: str | Path, model: str | None) -> tuple[Adapter, Shapes
     base = skeleton(adapter, model)
     shapes = None if base is None else shapes_of(base)
     notices = () if shapes is None else fit(adapter, shapes, model)
-    return adapter, shapes, notices
+    return Checked(adapter, base, shapes, (*adapter.notices, *notices))
 
 
 def verdict_table(title: str, verdicts: Mapping[str, Verdict]) -> Table:

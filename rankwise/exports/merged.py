@@ -21,12 +21,13 @@ from transformers.pytorch_utils import Conv1D
 
 from rankwise import adapters, models
 from rankwise.errors import RankwiseError, visible
-from rankwise.exports.adapter_files import PREFIX, Adapter, need_new, written_aside
+from rankwise.exports.adapter_files import PREFIX, Adapter
 from rankwise.exports.bases import base_source, fit, shapes_of
 from rankwise.exports.card import write_card
 from rankwise.exports.cuts import DTYPES, dtype_of
 from rankwise.exports.inspecting import read_checked
 from rankwise.exports.patterned import why, write_patterned
+from rankwise.exports.places import need_new, written_aside
 from rankwise.exports.programs import every
 
 ROUNDING = 2.0**-22
@@ -70,7 +71,7 @@ class Merged:
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything as JSON values."""
-        return json.loads(json.dumps({**asdict(self), "adapter": str(self.adapter), "out": str(self.out)}))
+        return json.loads(json.dumps(asdict(self), default=str))
 
     def findings(self) -> list[str]:
         """Return what the checks found, and what changed besides weights."""
@@ -120,20 +121,13 @@ def export_merged(
     target = Path(out)
     kind = dtype_of(dtype)
     need_new(target)
-    source, _, notices = read_checked(adapter, model)
+    source, seen, _, notices = read_checked(adapter, model)
     if source.declared.task_type not in (None, "CAUSAL_LM"):
         raise RankwiseError(
             f"{source.folder}: only causal language models are merged; task_type is "
             f"{visible(source.declared.task_type)!r}."
         )
-    place = base_source(source, model)
-    if getattr(models.skeleton(place).config, "quantization_config", None):
-        raise RankwiseError(
-            f"{place} is a quantised base, into whose weights nothing is folded. Name the base in full "
-            "precision with --model."
-        )
-    base = models.load_anew(place, "fp32", "cpu")
-    fit(source, shapes_of(base.model), place)
+    base = _base(source, model, seen)
     config = _config_of(base.folder)
     kind = kind or _dtype_of_base(config)
     tokenizer, said = _tokenizer(source, base)
@@ -151,7 +145,7 @@ def export_merged(
         done = Merged(
             adapter=source.folder,
             out=target,
-            base=place,
+            base=base.source,
             dtype=str(kind).removeprefix("torch."),
             modules=len(every(source)),
             untied=untied,
@@ -159,10 +153,24 @@ def export_merged(
             weight_error=off,
             logit_error=error,
             effect=_rms(meant - before),
-            notices=(*source.notices, *notices, *base.notices, *said),
+            notices=(*notices, *base.notices, *said),
         )
         write_card(aside, source, format="merged", notes=[*done.findings(), *done.notices])
     return done
+
+
+def _base(adapter: Adapter, model: str | None, seen: Any | None) -> models.Base:
+    """Load the base in fp32, or refuse one that is quantised or that the adapter does not fit."""
+    place = base_source(adapter, model)
+    seen = models.skeleton(place) if seen is None else seen
+    if getattr(seen.config, "quantization_config", None):
+        raise RankwiseError(
+            f"{place} is a quantised base, into whose weights nothing is folded. Name the base in full "
+            "precision with --model."
+        )
+    base = models.load_anew(place, "fp32", "cpu")
+    fit(adapter, shapes_of(base.model), place)
+    return base
 
 
 def _config_of(folder: Path) -> dict[str, Any]:
@@ -198,7 +206,7 @@ def _untie(model: Any, adapter: Adapter) -> bool:
         return False
     names = {id(module): name for name, module in model.named_modules()}
     touched = {update.name for update in every(adapter)} | {
-        extra.removeprefix("base_model.model.").rpartition(".")[0] for extra in adapter.extras
+        extra.removeprefix(PREFIX).rpartition(".")[0] for extra in adapter.extras
     }
     if not touched & {names[id(head)], names[id(embedding)]}:
         return False

@@ -25,15 +25,13 @@ from rankwise.errors import RankwiseError, visible
 from rankwise.exports.adapter_files import (
     Adapter,
     Update,
-    need_new,
     read_adapter,
     write_adapter,
-    written_aside,
 )
-from rankwise.exports.bases import skeleton
 from rankwise.exports.card import write_card
 from rankwise.exports.cuts import ExportedModule, costs_of, cut, cut_lines, dtype_of, need_rank, stored
 from rankwise.exports.inspecting import read_checked, verdict_table
+from rankwise.exports.places import need_new, written_aside
 from rankwise.exports.programs import PROGRAMS, Verdict, every, judge
 
 
@@ -69,7 +67,7 @@ class Patterned:
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything as JSON values."""
-        return json.loads(json.dumps({**asdict(self), "adapter": str(self.adapter), "out": str(self.out)}))
+        return json.loads(json.dumps(asdict(self), default=str))
 
     def table(self) -> Table:
         """Return a row per program: whether it serves what was written."""
@@ -118,8 +116,7 @@ def export_peft(
     kind = dtype_of(dtype)
     need_rank(max_rank)
     need_new(target)
-    source, _, notices = read_checked(adapter, model)
-    base = skeleton(source, model)
+    source, base, _, notices = read_checked(adapter, model)
     cuts = [cut(update, max_rank) for update in every(source)]
     written = [stored(c, kind or u.b.dtype) for c, u in zip(cuts, every(source), strict=True)]
     with written_aside(target) as aside:
@@ -130,7 +127,7 @@ def export_peft(
         onto = "the base" if base is not None else "a stand-in with its modules alone"
         write_card(
             aside, source, format="peft", written=written, ranks={u.name: u.rank for u in written},
-            notes=[_checked(onto), *source.notices, *notices],
+            notes=[_checked(onto), *notices],
         )  # fmt: skip
     declared = again.declared
     return Patterned(
@@ -144,7 +141,7 @@ def export_peft(
         bytes_after=size,
         loaded_on=onto,
         verdicts=verdicts,
-        notices=(*source.notices, *notices),
+        notices=notices,
     )
 
 

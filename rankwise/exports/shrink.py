@@ -30,12 +30,11 @@ from rankwise.errors import RankwiseError, visible
 from rankwise.exports.adapter_files import (
     Adapter,
     Update,
-    need_new,
     read_adapter,
     write_adapter,
-    written_aside,
 )
 from rankwise.exports.losses import Losses, open_bench
+from rankwise.exports.places import need_new, written_aside
 from rankwise.plans import short
 
 NOTHING = 1e-12

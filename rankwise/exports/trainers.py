@@ -23,7 +23,6 @@ import ast
 import json
 import math
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,13 +32,13 @@ from typing import Any
 import yaml
 
 from rankwise import sources
-from rankwise.aside import replacing
 from rankwise.errors import RankwiseError, one_of, visible
 from rankwise.exports.adapter_files import Adapter, read_adapter
 from rankwise.exports.declared import Declared
 from rankwise.exports.origins import base_of, hub_id
+from rankwise.exports.places import need_new_file, new_file
 from rankwise.exports.programs import every
-from rankwise.plans import RankPlan, pattern_key, whole_alpha
+from rankwise.plans import RankPlan, patterns, whole_alpha
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ class ExportedPlan:
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything as JSON values."""
-        return json.loads(json.dumps({**asdict(self), "source": str(self.source), "out": str(self.out)}))
+        return json.loads(json.dumps(asdict(self), default=str))
 
     def summary(self) -> str:
         """Return what was done as sentences, one a line."""
@@ -159,33 +158,19 @@ def export_trainer(
     if not 0 <= dropout < 1:
         raise RankwiseError(f"dropout must be from 0 to below 1; got {dropout!r}.")
     kind, source, target = TRAINERS[trainer], Path(source), Path(out)
-    _need_new_file(kind, target)
+    need_new_file(target, kind.suffix, f"A file for {kind.name}")
     wanted = _of_adapter(read_adapter(source)) if source.is_dir() else _of_plan(RankPlan.load(source))
     if trainer == "unsloth":
         _need_projections(wanted)
     settings = _settings(wanted, float(dropout), whole=trainer == "axolotl")
     plan = _resolved(wanted, settings)
     text = _axolotl(wanted, settings) if trainer == "axolotl" else _python(trainer, settings, plan)
-    try:
-        with replacing(target) as aside:
-            aside.write_text(_head(kind, wanted) + text, encoding="utf-8")
-            _need_new_file(kind, target)
-    except OSError as error:
-        raise RankwiseError(f"{target} cannot be written: {error.strerror or error}.") from None
+    with new_file(target) as aside:
+        aside.write_text(_head(kind, wanted) + text, encoding="utf-8")
     return ExportedPlan(
         source, target, trainer, kind.needs, kind.why, wanted.hub[0] if wanted.hub else None,
         wanted.ranks, wanted.scales, wanted.parameters, wanted.notices,
     )  # fmt: skip
-
-
-def _need_new_file(trainer: Trainer, target: Path) -> None:
-    if target.suffix != trainer.suffix:
-        raise RankwiseError(
-            f"A file for {trainer.name} is called NAME{trainer.suffix}; got {str(target)!r}. "
-            "Name one with --out."
-        )
-    if target.exists() or target.is_symlink():
-        raise RankwiseError(f"{target} is there already; name a new file with --out, or remove that one.")
 
 
 def _of_plan(plan: RankPlan) -> _Wanted:
@@ -243,17 +228,12 @@ def _need_projections(wanted: _Wanted) -> None:
 def _settings(wanted: _Wanted, dropout: float, *, whole: bool) -> dict[str, Any]:
     """Return the fields of `LoraConfig`."""
     alphas, rslora = _alphas(wanted, whole=whole)
-    # the most frequent pair leaves the fewest patterns
-    (rank, alpha), _ = Counter((wanted.ranks[n], alphas[n]) for n in wanted.ranks).most_common(1)[0]
     return {
-        "r": rank,
-        "lora_alpha": alpha,
+        **patterns(wanted.ranks, alphas),
         "lora_dropout": dropout,
         "use_rslora": rslora,
         "fan_in_fan_out": wanted.conv1d,
         "target_modules": _targets(wanted.ranks),
-        "rank_pattern": {pattern_key(n): value for n, value in wanted.ranks.items() if value != rank},
-        "alpha_pattern": {pattern_key(n): value for n, value in alphas.items() if value != alpha},
     }
 
 

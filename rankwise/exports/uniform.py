@@ -22,15 +22,14 @@ from typing import Any
 
 import torch
 from rich.table import Table
+from torch.nn.functional import pad
 
 from rankwise.errors import RankwiseError
 from rankwise.exports.adapter_files import (
     Adapter,
     Update,
-    need_new,
     read_adapter,
     write_adapter,
-    written_aside,
 )
 from rankwise.exports.card import write_card
 from rankwise.exports.cuts import (
@@ -42,8 +41,10 @@ from rankwise.exports.cuts import (
     difference,
     dtype_of,
     need_rank,
+    stored,
 )
 from rankwise.exports.inspecting import read_checked, verdict_table
+from rankwise.exports.places import need_new, written_aside
 from rankwise.exports.programs import PROGRAMS, Verdict, every, judge, tgi_rank, vllm_rank
 from rankwise.exports.siblings import zero_updates
 
@@ -89,8 +90,7 @@ class Exported:
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything as JSON values."""
-        fields = {**asdict(self), "adapter": str(self.adapter), "out": str(self.out)}
-        return json.loads(json.dumps({**fields, "filled": self.filled}))
+        return json.loads(json.dumps({**asdict(self), "filled": self.filled}, default=str))
 
     def table(self) -> Table:
         """Return a row per program: whether it serves what was written."""
@@ -147,14 +147,12 @@ def export_uniform(
     kind = dtype_of(dtype)
     need_rank(max_rank)
     need_new(target)
-    source, shapes, notices = read_checked(adapter, model)
+    source, _, shapes, notices = read_checked(adapter, model)
     wanted = [_folded(update, max_rank) for update in every(source)]
     zeros, unknown = zero_updates(source, shapes, every_layer=tgi)
     rank = max(update.rank for update in wanted)
     rank = tgi_rank(rank) if tgi else rank
-    kinds = {update.name: kind or update.b.dtype for update in every(source)}
-    common = Counter(kinds.values()).most_common(1)[0][0]
-    written = [_padded(u, rank, kinds.get(u.name, common)) for u in (*wanted, *zeros)]
+    written = _all_padded(source, (*wanted, *zeros), rank, kind)
     checked = [name for name in PROGRAMS if tgi or name != "tgi"]
     with written_aside(target) as aside:
         size = write_adapter(aside, _plain(source, written), [u for u in written if not u.embedding])
@@ -162,7 +160,7 @@ def export_uniform(
         differences = _prove(again, (*wanted, *zeros), checked)
         verdicts = {name: judge(program, again) for name, program in PROGRAMS.items()}
         _need_right(verdicts, checked)
-        said = (*source.notices, *notices, *unknown, *_refusals(verdicts, checked))
+        said = (*notices, *unknown, *_refusals(verdicts, checked))
         write_card(
             aside, source, format="uniform", written=written,
             ranks={update.name: update.rank for update in wanted} | {update.name: 0 for update in zeros},
@@ -193,17 +191,20 @@ def _folded(update: Update, max_rank: int | None) -> Update:
     return cut(replace(update, b=update.scale * update.b.double(), scale=1.0), max_rank)
 
 
+def _all_padded(
+    source: Adapter, wanted: Sequence[Update], rank: int, dtype: torch.dtype | None
+) -> list[Update]:
+    """Return the updates at one rank, each in the precision that it had; zeros in that of most."""
+    kinds = {update.name: dtype or update.b.dtype for update in every(source)}
+    common = Counter(kinds.values()).most_common(1)[0][0]
+    return [_padded(update, rank, kinds.get(update.name, common)) for update in wanted]
+
+
 def _padded(update: Update, rank: int, dtype: torch.dtype) -> Update:
     """Return the update with rows of A and columns of B of zeros, in the precision that is stored."""
-    a = torch.zeros(rank, update.a.shape[1], dtype=dtype)
-    b = torch.zeros(update.b.shape[0], rank, dtype=dtype)
-    a[: update.rank], b[:, : update.rank] = update.a, update.b
-    if not (a.isfinite().all() and b.isfinite().all()):
-        raise RankwiseError(
-            f"{update.name!r} holds values above the largest of {dtype}, with its scale in B. "
-            "Choose bf16 or fp32."
-        )
-    return replace(update, a=a, b=b)
+    more = rank - update.rank
+    a, b = pad(update.a, (0, 0, 0, more)), pad(update.b, (0, more))
+    return stored(replace(update, a=a, b=b), dtype)
 
 
 # --- writing and proving ---------------------------------------------------------------------------
@@ -240,14 +241,14 @@ def _prove(again: Adapter, wanted: Sequence[Update], checked: Sequence[str]) -> 
     Raises:
         RankwiseError: a difference is more than rounding.
     """
-    stored = {update.name: update for update in every(again)}
-    assert set(stored) == {update.name for update in wanted}
+    held = {update.name: update for update in every(again)}
+    assert set(held) == {update.name for update in wanted}
     seen: dict[tuple[str, float], float] = {}
     worst: dict[str, float] = {}
     for name in checked:
         applied = PROGRAMS[name].apply(again)
         for update in wanted if applied.refusal is None else ():
-            there, scale = stored[update.name], applied.scales[update.name]
+            there, scale = held[update.name], applied.scales[update.name]
             if (update.name, scale) not in seen:
                 seen[update.name, scale] = difference(there, scale, update)
             off, allowed = seen[update.name, scale], TOLERANCE[there.b.dtype]

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rankwise.config import SCREENING_BELOW, StudyConfig
-from rankwise.datasizes import sized
 from rankwise.errors import RankwiseError
 from rankwise.report.opening import missing_runs, opening
-from rankwise.store import Store, read_json
-from rankwise.studyfile import read_study
+from rankwise.store import read_json
+from rankwise.studyfile import read_begun, read_study
 from rankwise.tables import ArmRow, Results, arm_rows
 
 State = Literal["not begun", "tuning", "unfinished", "whole"]
@@ -174,14 +173,11 @@ def read_asked(studies: Sequence[Path], results: Path) -> list[Asked]:
 
 def _read(path: Path, results: Path) -> Asked:
     config = read_study(path).config
-    cases = []
-    for rows, overrides in sized(config).items():
-        one = read_study(path, overrides).config if overrides else config
-        store = Store(results, one.name)
-        begun = (store.folder / "study.json").exists()
-        asked = rows if config.train_examples else None
-        cases.append(Case(path, one, Results(store) if begun else None, asked))
-    return Asked(path, _about(path), config, tuple(cases))
+    cases = tuple(
+        Case(path, one, records, one.data.train if config.train_examples else None)
+        for one, records in read_begun(path, results)
+    )
+    return Asked(path, _about(path), config, cases)
 
 
 def _about(path: Path) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jinja2
 
@@ -44,11 +43,6 @@ class Memory:
     def fresh(self) -> bool:
         """Whether nothing had to be done."""
         return not self.missing and not self.stale
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return it as plain JSON values."""
-        return {"folder": str(self.folder), "missing": list(self.missing), "stale": list(self.stale),
-                "written": self.written, "fresh": self.fresh}  # fmt: skip
 
     def summary(self) -> list[str]:
         """Return in sentences what was done or what is stale."""

@@ -8,9 +8,10 @@ from rankwise import datasizes, power
 from rankwise.config import SCREENING_BELOW
 from rankwise.contrasts import contrast_rows
 from rankwise.memorybank.cases import Asked, Case, machines, newest, opened_by
-from rankwise.memorybank.ground import Ground, against, seeds
+from rankwise.memorybank.ground import Ground, against
 from rankwise.memorybank.text import Marked, code, joined, listed, md, table
 from rankwise.report.opening import NONE_SHOWN, count, state
+from rankwise.tables import count_of_seeds
 
 STATES = {
     "not begun": "not begun", "tuning": "learning rates are being tuned", "unfinished": "unfinished",
@@ -93,7 +94,7 @@ def _range(case: Case) -> list[Marked]:
     if before is not None and own is not None and own.gain is not None:
         lines.append(md(
             "The untouched model has a test loss of {before}; {arm} is {gain} below it ({seeds}).",
-            before=f"{before:.4f}", arm=code(own.arm), gain=f"{own.gain:.4f}", seeds=seeds(own.done),
+            before=f"{before:.4f}", arm=code(own.arm), gain=f"{own.gain:.4f}", seeds=count_of_seeds(own.done),
         ))  # fmt: skip
     found = {
         arm: against(case, arm, baseline) for arm in case.results.config.arms if baseline and arm != baseline
@@ -104,8 +105,8 @@ def _range(case: Case) -> list[Marked]:
         lines.append(md(
             "Over the seeds that they share with it, {arms} lie between {low} ({lowest}, {n}) and {high} "
             "({highest}, {m}).",
-            arms=count(len(apart), "other arm"), low=f"{low:+.4f}", lowest=code(lowest), n=seeds(n),
-            high=f"{high:+.4f}", highest=code(highest), m=seeds(m),
+            arms=count(len(apart), "other arm"), low=f"{low:+.4f}", lowest=code(lowest), n=count_of_seeds(n),
+            high=f"{high:+.4f}", highest=code(highest), m=count_of_seeds(m),
         ))  # fmt: skip
     return lines
 
@@ -154,7 +155,7 @@ def _begin(ground: Ground, case: Case) -> Marked:
     return md(
         "Begin {study}{at}{where}: {arms}, {seeds}, at least {runs}. {command}", study=ground.study(case),
         at=at, where=where, arms=count(len(case.config.arms), "arm"),
-        seeds=seeds(case.config.seeds.reporting), runs=count(case.runs[1], "run"),
+        seeds=count_of_seeds(case.config.seeds.reporting), runs=count(case.runs[1], "run"),
         command=ground.command("study run", case),
     )  # fmt: skip
 
@@ -168,7 +169,8 @@ def _open(ground: Ground, case: Case) -> list[Marked]:
         return [md(
             "Take what {study} puts lowest ([knowledge](knowledge.md)) to a study with {enough} seeds or "
             "more and declared contrasts: a study of {seeds} screens.",
-            study=ground.study(case), enough=SCREENING_BELOW, seeds=seeds(case.config.seeds.reporting),
+            study=ground.study(case), enough=SCREENING_BELOW,
+            seeds=count_of_seeds(case.config.seeds.reporting),
         )]  # fmt: skip
     lines: list[Marked] = []
     if case.name in ground.advice and (best := ground.advice[case.name].best) and best.settling:
@@ -181,7 +183,7 @@ def _open(ground: Ground, case: Case) -> list[Marked]:
                 "{study} shows no difference between {arm} and {other}; to show that they lie within its "
                 "margin of {margin} takes about {seeds} in a new study, if they do.",
                 study=ground.study(case), arm=code(row.arm), other=code(row.against),
-                margin=f"{row.margin:.4f}", seeds=seeds(needed),
+                margin=f"{row.margin:.4f}", seeds=count_of_seeds(needed),
             ))  # fmt: skip
     return lines
 

@@ -12,7 +12,6 @@ from rankwise.contrasts import differences
 from rankwise.memorybank.cases import Asked, Case, all_cases
 from rankwise.memorybank.text import Marked, code, link
 from rankwise.recommend import Recommendation, recommend
-from rankwise.report.opening import count
 
 
 @dataclass(frozen=True)
@@ -74,8 +73,3 @@ def against(case: Case, arm: str, other: str) -> tuple[float, int] | None:
     assert case.results is not None
     found = differences(case.results, arm, other)
     return (sum(found) / len(found), len(found)) if found else None
-
-
-def seeds(number: int) -> str:
-    """Return "1 seed" or "3 seeds"."""
-    return count(number, "seed")

@@ -58,7 +58,7 @@ def _arms(case: Case) -> Marked:
     rows = []
     for arm in ["untouched", *case.results.config.arms]:
         choice = case.results.index["rates"].get(arm, {})
-        wanted = {**{role: listed[arm, role] for role in ROLES}}
+        wanted = {role: listed[arm, role] for role in ROLES}
         if arm != "untouched":
             wanted["reporting"] = max(wanted["reporting"], case.results.config.seeds.reporting)
         parts = [f"{done[arm, role]}/{wanted[role]}" if wanted[role] else "" for role in ROLES[1:]]

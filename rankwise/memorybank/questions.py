@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from rankwise import contrasts, datasizes, power, stats
 from rankwise.config import SCREENING_BELOW
 from rankwise.memorybank.cases import Case, machines
-from rankwise.memorybank.ground import Ground, against, seeds
+from rankwise.memorybank.ground import Ground, against
 from rankwise.memorybank.text import Marked, code, listed, md
 from rankwise.report.details import budget_of
 from rankwise.report.opening import count
 from rankwise.report.results import MEASURED
-from rankwise.tables import ArmRow
+from rankwise.tables import ArmRow, count_of_seeds
 
 LOWEST = 4
 """Arms that are named for a budget."""
@@ -121,7 +121,7 @@ def _spread(ground: Ground, case: Case) -> list[Marked]:
         return []
     sd, most = statistics.median(sds), max(map(len, found.values()))
     sizes = ", ".join(f"{stats.detectable_effect(n) * sd:.4f} with {n}" for n in DESIGNS)
-    rough = f" An SD of {seeds(most)} at most is a rough guess." if most < SCREENING_BELOW else ""
+    rough = f" An SD of {count_of_seeds(most)} at most is a rough guess." if most < SCREENING_BELOW else ""
     return [md(
         "{study} ({records}): differences to {baseline} have an SD of {sd} over seeds in the median of "
         "{arms}, so that it takes a difference of {sizes} seeds.{margin}{rough}", study=ground.study(case),
@@ -136,7 +136,9 @@ def _margin(case: Case, sd: float) -> str:
     if band is None or band <= 0:
         return ""
     needed = power.seeds_for_equivalent(band, sd)
-    takes = f"about {seeds(max(needed, SCREENING_BELOW))}" if needed else "more seeds than can be run"
+    takes = (
+        f"about {count_of_seeds(max(needed, SCREENING_BELOW))}" if needed else "more seeds than can be run"
+    )
     pair = f"two arms without a difference lie within its margin of {band:.4f}"
     return f" To show that {pair} takes {takes} (one pair)."
 
@@ -166,13 +168,15 @@ def _lowest(ground: Ground, case: Case) -> list[Marked]:
         groups[budget_of(case.results, arm)].append(arm)
     lines = []
     for budget, arms in groups.items():
-        other = _control(case, arms)
+        config = case.results.config
+        other = next((own for arm in arms if (own := contrasts.control(config, arm)) in arms), None)
         found = {arm: against(case, arm, other) for arm in arms if other and arm != other}
         apart = sorted((mean, arm, n) for arm, pair in found.items() if pair for mean, n in [pair])
         if not apart or other is None or case.config.seeds.reporting < 2:
             continue
         named = [
-            md("{arm} {mean} ({n})", arm=code(arm), mean=f"{mean:+.4f}", n=seeds(n)) for mean, arm, n in apart
+            md("{arm} {mean} ({n})", arm=code(arm), mean=f"{mean:+.4f}", n=count_of_seeds(n))
+            for mean, arm, n in apart
         ]
         most = len(named) if len(named) <= LOWEST + 1 else LOWEST
         lines.append(md(
@@ -180,17 +184,9 @@ def _lowest(ground: Ground, case: Case) -> list[Marked]:
             "{first}: {named}. An order over {seeds} at most, and no verdict.", study=ground.study(case),
             records=ground.records(case), budget=code(budget), other=code(other),
             first=f"{most} of {len(named)}" if most < len(named) else "first",
-            named=Marked(", ".join(named[:most])), seeds=seeds(case.config.seeds.reporting),
+            named=Marked(", ".join(named[:most])), seeds=count_of_seeds(case.config.seeds.reporting),
         ))  # fmt: skip
     return lines
-
-
-def _control(case: Case, arms: list[str]) -> str | None:
-    """Return the baseline if it is among these arms, else the uniform one among them."""
-    assert case.results is not None
-    config = case.results.config
-    uniform = [arm for arm in arms if config.arms[arm].strategy == "uniform"]
-    return config.baseline if config.baseline in arms else next(iter(uniform), None)
 
 
 def _device(ground: Ground) -> list[Marked]:

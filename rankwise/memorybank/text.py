@@ -7,34 +7,19 @@ templates' environment.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from rankwise.errors import visible
-from rankwise.report.exports import markdown
-
-SPECIAL = re.compile(r"([\\`*{}\[\]<>#|~!$&]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))")
-PLAIN = re.compile(r"[\w@.,:;/=+-]+(?: [\w@.,:;/=+-]+)*", re.ASCII)
-ADDRESS = re.compile(r"(?i)\b(?:(https?|ftp)(:)(?=//)|(www)(\.))")
+from rankwise import markdown
+from rankwise.markdown import prose
 
 
 class Marked(str):
     """Text that is Markdown already; what is joined or cut from it is not, and would be escaped again."""
 
     __slots__ = ()
-
-
-def prose(text: str) -> str:
-    """Return text that Markdown shows as it is, for use within a line; readable in the source too.
-
-    Full stops and hyphens stay bare, since they are markup at a line's start alone, where no value stands; so
-    do underscores within a word.
-    """
-    plain = SPECIAL.sub(r"\\\1", visible(text)).replace(r"\<", "&lt;").replace(r"\&", "&amp;")
-    return ADDRESS.sub(lambda m: f"{m[1] or m[3]}\\{m[2] or m[4]}", plain)  # else it would become a link
 
 
 def shown(value: Any) -> str:
@@ -48,8 +33,8 @@ def md(form: str, **values: Any) -> Marked:
 
 
 def code(name: str) -> Marked:
-    """Return a name as code; one with characters that code or a table would stumble over as escaped text."""
-    return Marked(f"`{name}`") if PLAIN.fullmatch(name) else Marked(markdown(name))
+    """Return a name as code."""
+    return Marked(markdown.code(name))
 
 
 def listed(names: Sequence[str], most: int = 0) -> Marked:

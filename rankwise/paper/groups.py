@@ -47,17 +47,6 @@ def budgets(config: StudyConfig) -> dict[str, list[str]]:
     return {budget: arms for budget, arms in found.items() if len(arms) > 1}
 
 
-def reference(config: StudyConfig, arm: str) -> str | None:
-    """Return the uniform arm of this arm's budget, or else the baseline; None for uniform arms themselves."""
-    wanted = config.arms[arm]
-    if wanted.strategy == "uniform":
-        return None
-    same = [n for n, other in config.arms.items() if other.strategy == "uniform"
-            and other.budget is not None and str(other.budget) == str(wanted.budget)]  # fmt: skip
-    found = config.baseline if config.baseline in same or not same else same[0]
-    return None if found == arm else found
-
-
 def group(results: Results, budget: str, arms: list[str]) -> Group:
     """Return one budget's arms as far as their runs are done."""
     losses = {arm: results.losses(arm) for arm in arms}
@@ -95,7 +84,7 @@ def group_macros(study: Told) -> Iterator[Macro]:
 def _of(study: Told, budget: str, arms: list[str], found: Group | None) -> Iterator[Macro]:
     config, means = study.config, {} if found is None else found.means
     assert config is not None
-    uniform = next((other for arm in arms if (other := reference(config, arm))), None)
+    uniform = next((other for arm in arms if (other := contrasts.control(config, arm))), None)
     low = min(means, key=lambda arm: means[arm]) if means else None
     high = max(means, key=lambda arm: means[arm]) if means else None
     beneath = sum(loss < means[uniform] for loss in means.values()) if uniform in means else None
@@ -131,7 +120,7 @@ def _of(study: Told, budget: str, arms: list[str], found: Group | None) -> Itera
 
 
 def difference(results: Results, arm: str) -> float | None:
-    """Return the arm's mean paired difference to its reference; None for a reference, or without seeds."""
-    other = reference(results.config, arm)
+    """Return the arm's mean paired difference to its control; None for a control, or without seeds."""
+    other = contrasts.control(results.config, arm)
     found = [] if other is None else contrasts.differences(results, arm, other)
     return statistics.fmean(found) if found else None

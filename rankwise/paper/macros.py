@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from rankwise.errors import RankwiseError, did_you_mean, visible
+from rankwise.errors import RankwiseError, visible
 
 
 @dataclass(frozen=True)
@@ -56,13 +56,3 @@ class Catalogue:
                 f"{visible(macro.source)}. Names keep letters and digits alone; rename an arm or a study."
             )
         self.macros[macro.name] = macro
-
-    def need(self, name: str) -> Macro:
-        """Return the macro of this name.
-
-        Raises:
-            RankwiseError: there is none; the nearest name is told.
-        """
-        if name not in self.macros:
-            raise RankwiseError(f"the catalogue has no \\{name}.{did_you_mean(name, self.macros)}")
-        return self.macros[name]

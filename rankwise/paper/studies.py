@@ -7,13 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rankwise.config import SCREENING_BELOW, StudyConfig
-from rankwise.datasizes import sized
 from rankwise.errors import RankwiseError
 from rankwise.paper.macros import Macro
 from rankwise.paper.names import macro_name
 from rankwise.paper.typeset import NOT_RUN, NOT_YET, number
-from rankwise.store import Store
-from rankwise.studyfile import read_study
+from rankwise.studyfile import read_begun
 from rankwise.tables import Results
 
 EXPECTED = ("confirmatory",)
@@ -82,22 +80,16 @@ def told(studies: Path, results: Path) -> list[Told]:
         raise RankwiseError(f"no study file (*.yaml) lies in {studies}; choose the folder with --studies.")
     found: dict[str, Told] = {}
     for path in files:
-        whole = read_study(path).config
-        for overrides in sized(whole).values() if whole.train_examples else ((),):
-            config = read_study(path, tuple(overrides)).config
+        for config, records in read_begun(path, results):
             if config.name in found:
                 raise RankwiseError(f"{path}: another study of {studies} is called {config.name!r} too.")
-            found[config.name] = _of(config, results)
+            found[config.name] = _of(config, records)
     for name in EXPECTED:
         found.setdefault(name, Told(name))
     return list(found.values())
 
 
-def _of(config: StudyConfig, results: Path) -> Told:
-    store = Store(results, config.name)
-    if not (store.folder / "study.json").exists():
-        return Told(config.name, config)
-    records = Results(store)
-    if not records.records:
+def _of(config: StudyConfig, records: Results | None) -> Told:
+    if records is None or not records.records:
         return Told(config.name, config)
     return Told(config.name, records.config, records, records.config != config)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-import re
 from collections.abc import Callable
 from itertools import repeat
 from pathlib import Path
 
 from rankwise.aside import replacing
 from rankwise.errors import RankwiseError, visible
+from rankwise.markdown import prose
 from rankwise.report.columns import Column, Table, tables
 from rankwise.tables import Results
 
@@ -21,17 +21,11 @@ LATEX = {
     "[": "{[}", "]": "{]}",  # a cell that began with [ would be an argument of the \\ before it
     "'": r"\textquotesingle{}", "`": r"\textasciigrave{}",
 }  # fmt: skip
-MARKDOWN = re.compile(r"([\\`*_{}\[\]()<>#+\-.!|~&$])")
 
 
 def latex(text: str) -> str:
     """Return text that LaTeX typesets as it is; control characters are written out."""
     return "".join(LATEX.get(c, c) for c in visible(text)).replace("--", "-{}-").replace("--", "-{}-")
-
-
-def markdown(text: str) -> str:
-    """Return text that Markdown, also within a table, shows as it is; control characters are written out."""
-    return MARKDOWN.sub(r"\\\1", visible(text)).replace("\\<", "&lt;").replace("\\&", "&amp;")
 
 
 def export_tables(results: Results, folder: Path) -> list[Path]:
@@ -118,11 +112,11 @@ def _latex_cells(table: Table, row: tuple[object, ...]) -> list[str]:
 def _markdown(table: Table, path: Path) -> None:
     rule = ("---:" if c.kind in ("whole", "number") else "---" for c in table.columns)
     lines = [
-        markdown(table.caption),
+        prose(table.caption),
         "",
-        _line([markdown(c.name) for c in table.columns]),
+        _line([prose(c.name) for c in table.columns]),
         _line(list(rule)),
-        *(_line([markdown(cell) for cell in cells]) for cells in _cells(table)),
+        *(_line([prose(cell) for cell in cells]) for cells in _cells(table)),
     ]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 

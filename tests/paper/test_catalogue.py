@@ -9,7 +9,6 @@ import pytest
 
 from rankwise.contrasts import contrast_rows
 from rankwise.errors import RankwiseError
-from rankwise.paper.macros import Catalogue, Macro
 from rankwise.paper.names import camel, looks_like_ours, macro_name
 from rankwise.paper.typeset import chance, escaped, name, number
 from rankwise.report.opening import opening
@@ -57,12 +56,6 @@ def test_two_arms_of_one_name_are_refused(tmp_path: Path):
         place.offer()
 
 
-def test_a_missing_name_tells_the_nearest():
-    catalogue = Catalogue([Macro("seedUniformGain", "1", "seed")])
-    with pytest.raises(RankwiseError, match="Did you mean 'seedUniformGain'"):
-        catalogue.need("seedUniformGian")
-
-
 # --- numbers and text -----------------------------------------------------------------------------
 
 
@@ -89,7 +82,7 @@ def test_a_macro_is_one_line_with_its_source(six: Desk):
         line = macro.definition()
         assert "\n" not in line and line.startswith(rf"\newcommand{{\{macro.name}}}")
         assert line.count("{") - line.count(r"\{") == line.count("}") - line.count(r"\}"), line
-    loss = six.offer().macros.need("madeUpSpectralTestLoss")
+    loss = six.offer().macros.macros["madeUpSpectralTestLoss"]
     row = next(row for row in arm_rows(six.results) if row.arm == "spectral")
     assert loss.body == f"{row.loss:.4f}" and "nats" in loss.unit and "spectral" in loss.source
 
@@ -99,24 +92,24 @@ def test_a_macro_is_one_line_with_its_source(six: Desk):
 
 def test_verdicts_are_the_reports(six: Desk):
     offer = six.offer().macros
-    said = offer.need("madeUpOpening").body.replace(r"\ensuremath{-}", "-")
+    said = offer.macros["madeUpOpening"].body.replace(r"\ensuremath{-}", "-")
     assert said == escaped(opening(six.results))
     rows = {row.arm: row for row in contrast_rows(six.results)}
     words = {"differs": "differs from", "no difference shown": "is not shown to differ from",
              "equivalent": "is equivalent within the margin to"}  # fmt: skip
     for arm, label in (("spectral", "Spectral"), (EVIL, "ScriptAlertOneScript")):
         wanted = next(text for start, text in words.items() if rows[arm].verdict.startswith(start))
-        assert offer.need(f"madeUp{label}VsUniformVerdict").body == wanted
-        assert f" {wanted} " in offer.need(f"madeUp{label}VsUniformSentence").body
+        assert offer.macros[f"madeUp{label}VsUniformVerdict"].body == wanted
+        assert f" {wanted} " in offer.macros[f"madeUp{label}VsUniformSentence"].body
     assert rows["spectral"].verdict.startswith("differs: lower")
-    assert "with the lower loss" in offer.need("madeUpSpectralVsUniformSentence").body
-    assert "spectral" not in offer.need("madeUpNotShown").body
+    assert "with the lower loss" in offer.macros["madeUpSpectralVsUniformSentence"].body
+    assert "spectral" not in offer.macros["madeUpNotShown"].body
 
 
 def test_a_study_with_few_seeds_has_no_verdict_words(tmp_path: Path):
     place = desk(tmp_path, seeds=3)
     offer = place.offer()
-    assert "was not tested (3 seeds)" in offer.macros.need("madeUpSpectralVsUniformVerdict").body
+    assert "was not tested (3 seeds)" in offer.macros.macros["madeUpSpectralVsUniformVerdict"].body
     ours = [m for m in offer.macros.macros.values() if m.name.startswith("madeUp")]
     for macro in ours:
         assert not WORDS.search(macro.body), macro.body
@@ -128,8 +121,8 @@ def test_a_study_with_few_seeds_has_no_verdict_words(tmp_path: Path):
 
 def test_a_failed_run_takes_the_verdict(tmp_path: Path):
     offer = desk(tmp_path, failed={"spectral": 2}).offer().macros
-    assert "has no verdict (a run failed)" in offer.need("madeUpSpectralVsUniformVerdict").body
-    assert offer.need("madeUpRunsFailed").body == "1" and "diverged" in offer.need("madeUpFailures").body
+    assert "has no verdict (a run failed)" in offer.macros["madeUpSpectralVsUniformVerdict"].body
+    assert offer.macros["madeUpRunsFailed"].body == "1" and "diverged" in offer.macros["madeUpFailures"].body
 
 
 # --- what has not run -----------------------------------------------------------------------------
@@ -138,10 +131,10 @@ def test_a_failed_run_takes_the_verdict(tmp_path: Path):
 def test_what_has_not_run_says_so_everywhere(six: Desk):
     offer = six.offer()
     for quantity in ("Opening", "UntouchedLoss", "DecayTestLoss", "DecayVsUniformVerdict", "Advice"):
-        assert offer.macros.need(f"later{quantity}").body.rstrip(".") == r"\notrun{}"
-    assert offer.macros.need("laterSeeds").body == "8"  # the design is known
-    assert offer.macros.need("laterWhenRun").body.startswith(r"\notrunstudy")
-    assert offer.macros.need("madeUpWhenRun").body == "#1"
+        assert offer.macros.macros[f"later{quantity}"].body.rstrip(".") == r"\notrun{}"
+    assert offer.macros.macros["laterSeeds"].body == "8"  # the design is known
+    assert offer.macros.macros["laterWhenRun"].body.startswith(r"\notrunstudy")
+    assert offer.macros.macros["madeUpWhenRun"].body == "#1"
     for name_ in ("later-arms", "later-runs", "later-fig-losses", "confirmatory-contrasts"):
         (text,) = offer.pieces[name_].make().values()
         assert b"notrunstudy" in text
@@ -149,11 +142,9 @@ def test_what_has_not_run_says_so_everywhere(six: Desk):
 
 def test_the_budget_group_counts_common_seeds_alone(tmp_path: Path):
     place = desk(tmp_path, failed={"spectral": 5})
-    macros = place.offer().macros
-    assert (
-        macros.need("madeUpBudgetRTwoArms").body == "3" and macros.need("madeUpBudgetRTwoSeeds").body == "5"
-    )
+    macros = place.offer().macros.macros
+    assert macros["madeUpBudgetRTwoArms"].body == "3" and macros["madeUpBudgetRTwoSeeds"].body == "5"
     losses = {arm: place.results.losses(arm) for arm in ("uniform", "spectral", EVIL)}
     means = {arm: sum(found[s] for s in range(5)) / 5 for arm, found in losses.items()}
-    assert macros.need("madeUpBudgetRTwoLowestLoss").body == f"{min(means.values()):.4f}"
-    assert macros.need("madeUpBudgetRTwoLowestArm").body == name(min(means, key=lambda arm: means[arm]))
+    assert macros["madeUpBudgetRTwoLowestLoss"].body == f"{min(means.values()):.4f}"
+    assert macros["madeUpBudgetRTwoLowestArm"].body == name(min(means, key=lambda arm: means[arm]))

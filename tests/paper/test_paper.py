@@ -45,7 +45,7 @@ def test_hostile_names_and_studies_that_have_not_run_are_in_the_pdf(made: tuple[
     text = words(place.paper_folder / "build" / "main.pdf")
     assert "<script>alert" in text.replace(" ", "") and "50%" in text.replace(" ", "")
     assert "The study later has not been run yet" in text
-    assert place.offer().macros.need("madeUpSpectralTestLoss").body in text
+    assert place.offer().macros.macros["madeUpSpectralTestLoss"].body in text
     assert "differs from" in text
     assert re.search(r"main\.pdf \(\d+ pages", lines[0]) and "compiled by itself" in lines[1]
 
@@ -84,7 +84,7 @@ def test_a_changed_record_changes_the_pdf_and_a_wide_line_is_a_fault(tmp_path: P
     place.change("spectral", 0, 1.5)
     _, faults = place.work().make()
     assert [fault.rule for fault in faults] == ["overfull"] and faults[0].place.path.name == "results.tex"
-    number = place.offer().macros.need("madeUpSpectralTestLoss").body
+    number = place.offer().macros.macros["madeUpSpectralTestLoss"].body
     assert number in words(place.paper_folder / "build" / "main.pdf")
 
 
