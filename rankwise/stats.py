@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from scipy.optimize import brentq
 from scipy.special import nctdtr, stdtr, stdtrit
 
 
@@ -170,6 +169,8 @@ def detectable_effect(n: int, power: float = 0.8, alpha: float = 0.05) -> float:
     Source: the non-central t distribution. statsmodels' `TTestPower.solve_power` agrees, but answers 10 where
     the effect is larger (2 seeds and several contrasts).
     """
+    from scipy.optimize import brentq  # here, as it takes most of a second to load
+
     high = 1.0
     while effect_power(n, high, alpha) < power:
         high *= 2

@@ -12,12 +12,9 @@ from typing import Any
 import yaml
 
 from rankwise.config import Fault, StudyConfig
-from rankwise.datasizes import sized
 from rankwise.errors import RankwiseError, did_you_mean, one_of, visible
 from rankwise.sources import parse
-from rankwise.store import Store
 from rankwise.studyfaults import KeyPath, check, gather
-from rankwise.tables import Results
 
 GIVEN = 0
 """Stands for a line where `--set` gave the value."""
@@ -48,21 +45,6 @@ class StudyFile:
         """Raise unless the study has an arm of this name, which came from the command line."""
         if name not in self.config.arms:
             raise RankwiseError(one_of("--arm", name, self.config.arms))
-
-
-def read_begun(path: Path, results: Path) -> list[tuple[StudyConfig, Results | None]]:
-    """Return a file's study with its records (None before its first run), one for each number of rows.
-
-    Raises:
-        RankwiseError: the file has faults, or records cannot be read.
-    """
-    whole, found = read_study(path).config, []
-    for overrides in sized(whole).values():
-        config = read_study(path, overrides).config if overrides else whole
-        store = Store(results, config.name)
-        begun = (store.folder / "study.json").exists()
-        found.append((config, Results(store) if begun else None))
-    return found
 
 
 def read_study(path: str | Path, overrides: tuple[str, ...] = ()) -> StudyFile:

@@ -20,8 +20,10 @@ FILES = {
     "Makefile": "workspace_Makefile.j2",
     ".gitignore": "workspace_gitignore.j2",
     STUDY: "workspace_study.yaml.j2",
+    "paper/main.tex": "workspace_main.tex",
+    "paper/references.bib": "workspace_references.bib",
 }
-"""Path within the folder -> its template."""
+"""Path within the folder -> its template; what is no template (LaTeX is full of Jinja2's marks) is copied."""
 PLACES = {
     "data": "Rows of your own (JSON, JSONL, Parquet or text), and the cards that `rankwise data` writes.",
     "models": "Models of your own, rank plans and exported adapters; git leaves the weights out.",
@@ -81,7 +83,12 @@ def contents(name: str) -> dict[str, str]:
         autoescape=False,
     )
     given = {"study": STUDY, "places": PLACES}
-    files = {path: environment.get_template(template).render(given) for path, template in FILES.items()}
+    files = {
+        path: environment.get_template(source).render(given)
+        if source.endswith(".j2")
+        else (TEMPLATES / source).read_text(encoding="utf-8")
+        for path, source in FILES.items()
+    }
     return files | {f"{place}/README.md": f"{line}\n" for place, line in PLACES.items()}
 
 

@@ -18,6 +18,8 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from tests.forked import Forked
+
 CHAT = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -112,9 +114,14 @@ def write_study(folder: Path, study: dict, name: str = "study.yaml") -> Path:
 def rankwise(
     *arguments: object, cwd: Path, timeout: float = 300, **env: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run the command line as a process."""
+    """Run the command line as a process, forked unless it gets variables that are read by an import."""
+    words = list(map(str, arguments))
+    whole = {**os.environ, "COLUMNS": "200", "OMP_NUM_THREADS": "1", **env}
+    if all(name.startswith("RANKWISE_") for name in env):
+        process = Forked(words, cwd, whole)
+        out, err = process.communicate(timeout)
+        return subprocess.CompletedProcess(words, process.returncode, out, err)
     return subprocess.run(
-        [sys.executable, "-m", "rankwise", *map(str, arguments)],
-        cwd=cwd, text=True, capture_output=True, timeout=timeout,
-        env={**os.environ, "COLUMNS": "200", "OMP_NUM_THREADS": "1", **env},
+        [sys.executable, "-m", "rankwise", *words],
+        cwd=cwd, text=True, capture_output=True, timeout=timeout, env=whole,
     )  # fmt: skip

@@ -131,7 +131,7 @@ def test_a_pilot_that_cannot_be_built_on_says_why():
 
 
 @pytest.mark.slow
-def test_the_whole_way_then_a_second_call_adds_seeds_of_its_own(workdir: Path, tiny_model: Path):
+def test_the_whole_way_then_a_stop_then_a_call_that_adds_seeds_of_its_own(workdir: Path, tiny_model: Path):
     ask = ("auto", "--model", f"file:{tiny_model}", "--data", "rows.json", "--max-length", 128)
     dry = rankwise(*ask, "--time", "75s", "--dry-run", cwd=workdir)
     assert dry.returncode == 0, dry.stderr
@@ -163,6 +163,15 @@ def test_the_whole_way_then_a_second_call_adds_seeds_of_its_own(workdir: Path, t
     study = Results(Store(workdir / "auto" / "results", "study-1"))
     assert tuned <= {run["run_id"] for run in study.index["runs"]}  # taken over, not done twice
 
+    victim = study.index["runs"][-1]["run_id"]  # as if it had been stopped there
+    shutil.rmtree(study.store.path(victim))
+    dry = rankwise(*ask, "--time", "60s", "--dry-run", cwd=workdir)
+    assert "is not finished" in dry.stdout and not study.store.has(victim)
+    goes_on = rankwise(*ask, "--time", "60s", cwd=workdir)
+    assert goes_on.returncode == 0, goes_on.stderr
+    assert "going on with" in goes_on.stdout and study.store.has(victim)
+    assert not (workdir / "auto" / "study-2.yaml").exists()
+
     again = rankwise(*ask, "--time", "60s", cwd=workdir)
     assert again.returncode == 0, again.stderr
     assert "study 2 of these rows" in again.stdout
@@ -172,29 +181,3 @@ def test_the_whole_way_then_a_second_call_adds_seeds_of_its_own(workdir: Path, t
     other = rankwise(*ask[:-1], 64, "--time", "60s", cwd=workdir)
     assert other.returncode == 2
     assert "was begun with max_length 128" in other.stderr
-
-
-@pytest.mark.slow
-def test_a_stopped_study_goes_on(workdir: Path, tiny_model: Path):
-    ask = (
-        "auto",
-        "--model",
-        f"file:{tiny_model}",
-        "--data",
-        "rows.json",
-        "--max-length",
-        128,
-        "--time",
-        "60s",
-    )
-    assert rankwise(*ask, cwd=workdir).returncode == 0
-    results = Results(Store(workdir / "auto" / "results", "study-1"))
-    victim = results.index["runs"][-1]["run_id"]
-    shutil.rmtree(results.store.path(victim))
-    dry = rankwise(*ask, "--dry-run", cwd=workdir)
-    assert "is not finished" in dry.stdout and not results.store.has(victim)
-    again = rankwise(*ask, cwd=workdir)
-    assert again.returncode == 0, again.stderr
-    assert "going on with" in again.stdout
-    assert results.store.has(victim)
-    assert not (workdir / "auto" / "study-2.yaml").exists()

@@ -11,13 +11,13 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "rankwise"
 ORDER = """
-    errors aside markdown config seeds stats resampling power ladder selection store tables contrasts figures
-    figuretables budget plans savings advice recommend tracking report datasizes sizing evidence inventory
-    strategies cached package_index downloads sources studyfaults studyfile paper memorybank workspace machine
-    models rows data datacard studydata lowrank adapters rankuse engine generation checkpoint train evaluate
-    probes methods runconfig run grid speed execution observer reporting study worker workers designing auto
-    borrowed calibration explaining agreement measuring planning exports exporting terminal doctor cli
-    __init__ __main__
+    errors aside markdown config seeds stats resampling power ladder selection store tables contrasts
+    figures figuretables budget plans savings advice recommend tracking report sizing evidence inventory
+    strategies cached package_index downloads sources studyfaults studyfile datasizes paper memorybank
+    workspace machine models rows data datacard studydata lowrank adapters rankuse engine generation
+    checkpoint train evaluate probes methods runconfig run grid speed execution observer reporting study
+    worker workers designing auto borrowed calibration explaining agreement measuring planning exports
+    exporting terminal doctor cli __init__ __main__
 """.split()
 """From the top down; a folder is one room. New files find their place here."""
 

@@ -19,6 +19,7 @@ from rankwise.memorybank import DOCUMENTS, Memory, write_memory
 from rankwise.memorybank.markers import begin, end
 from rankwise.memorybank.text import prose
 from rankwise.recommend import recommend
+from rankwise.report.opening import opening
 from rankwise.report.settings import study_yaml
 from rankwise.tables import Results, arm_rows
 from tests.made_up import EVIL, TEX, made_up
@@ -67,6 +68,14 @@ def inline(markdown: str) -> list[Any]:
     return [*found, *(child for token in found for child in token.children or ())]
 
 
+def change_a_record(folder: Path) -> None:
+    """Raise the loss of one of uniform's runs."""
+    path = folder / "results" / "made-up" / "runs" / "arm0-0" / "result.json"
+    record = json.loads(path.read_text())
+    record["train_info"]["metrics"]["test_loss"] += 0.06
+    path.write_text(json.dumps(record))
+
+
 # --- begun, fresh, stale --------------------------------------------------------------------------
 
 
@@ -92,10 +101,7 @@ def test_the_same_records_give_the_same_bytes_wherever_they_lie(
 def test_a_changed_record_makes_the_check_fail_and_changes_the_text(tmp_path: Path):
     results = project(tmp_path)
     written(tmp_path)
-    path = tmp_path / "results" / "made-up" / "runs" / "arm0-0" / "result.json"
-    record = json.loads(path.read_text())
-    record["train_info"]["metrics"]["test_loss"] += 0.06
-    path.write_text(json.dumps(record))
+    change_a_record(tmp_path)
     row = next(row for row in arm_rows(results) if row.arm == "uniform")
     assert f"| {row.loss:.4f} |" in part(tmp_path, "knowledge", "numbers")
     before = texts(tmp_path)
@@ -357,3 +363,45 @@ def test_every_link_leads_somewhere(tmp_path: Path):
         links = re.findall(r"\]\(([^)]+)\)", texts(tmp_path)[name].decode())
         assert not [link for link in links if not (tmp_path / "memory" / link).exists()], name
         assert links or name not in GENERATED
+
+
+# --- a README's results ---------------------------------------------------------------------------
+
+
+def readme(folder: Path) -> str:
+    return (folder / "README.md").read_text()
+
+
+def test_a_readme_gets_its_results_only_where_it_asks_for_them(tmp_path: Path):
+    project(tmp_path, seeds=6)
+    (tmp_path / "README.md").write_text("# Mine\n")
+    written(tmp_path)
+    assert readme(tmp_path) == "# Mine\n" and not (tmp_path / "memory" / "results.svg").exists()
+    (tmp_path / "README.md").write_text(f"# Mine\n{begin('results')}\n{end('results')}\nand more\n")
+    assert set(written(tmp_path, check=True).stale) == {"README"} and "and more" in readme(tmp_path)
+    written(tmp_path)
+    assert written(tmp_path, check=True).fresh
+    text = readme(tmp_path)
+    assert text.startswith("# Mine\n") and text.endswith("\nand more\n")
+    links = re.findall(r"\]\(([^)]+)\)", text)
+    assert "memory/results.svg" in links and all((tmp_path / link).exists() for link in links)
+
+
+def test_a_readme_tells_what_the_contrasts_show(tmp_path: Path):
+    results = project(tmp_path, seeds=8, contrasts=["spectral"])
+    (tmp_path / "README.md").write_text(f"{begin('results')}\n{end('results')}\n")
+    written(tmp_path)
+    assert opening(results) in flat(readme(tmp_path))
+
+
+def test_a_readme_without_results_says_so_and_with_a_changed_record_is_stale(tmp_path: Path):
+    (tmp_path / "README.md").write_text(f"{begin('results')}\n{end('results')}\n")
+    project(tmp_path)
+    (tmp_path / "results").rename(tmp_path / "later")
+    written(tmp_path)
+    assert "No study has a result yet." in readme(tmp_path)
+    (tmp_path / "later").rename(tmp_path / "results")
+    assert "README" in written(tmp_path).stale
+    written(tmp_path)
+    change_a_record(tmp_path)
+    assert {"README", "results.svg"} <= set(written(tmp_path, check=True).stale)

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -20,7 +21,7 @@ from rankwise.memorybank import DOCUMENTS
 from rankwise.observer import Observer
 from rankwise.study import open_study, run_study
 from rankwise.studyfile import read_study
-from rankwise.workspace import PLACES, STUDY, create
+from rankwise.workspace import FILES, PLACES, STUDY, create
 from tests.conftest import rankwise, write_study
 from tests.refusals import refused
 
@@ -41,7 +42,7 @@ def test_an_empty_folder_becomes_a_workspace(tmp_path: Path):
     done = rankwise("init", ".", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     found = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
-    assert found == {"README.md", "Makefile", ".gitignore", STUDY, *(f"{name}/README.md" for name in PLACES)}
+    assert found == {*FILES, *(f"{name}/README.md" for name in PLACES)}
     for name in PLACES:
         assert (tmp_path / name / "README.md").read_text().count("\n") == 1
     again = rankwise("init", ".", cwd=tmp_path)
@@ -117,6 +118,17 @@ def test_nothing_is_left_of_a_folder_that_could_not_be_written(
     assert [path.name for path in tmp_path.rglob("*")] == (["mine"] if there else [])
 
 
+@pytest.mark.skipif(shutil.which("latexmk") is None, reason="needs TeX: latexmk")
+def test_its_paper_compiles_and_is_sound_before_anything_has_run(tmp_path: Path):
+    create(tmp_path / "mine")
+    program = f"RANKWISE={sys.executable} -m rankwise"
+    done = make(tmp_path / "mine", "paper", program)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "mine" / "paper" / "build" / "main.pdf").read_bytes().startswith(b"%PDF")
+    checked = rankwise("paper", "--check", cwd=tmp_path / "mine")
+    assert checked.returncode == 0, checked.stdout
+
+
 # --- runs of some arms alone ------------------------------------------------------------------------
 
 
@@ -138,6 +150,7 @@ def test_make_baselines_does_the_baselines_alone_and_study_the_rest(workdir: Pat
     assert len(after) == 5 and first.items() <= after.items()
     assert make(folder, "memory", program).returncode == 0
     assert {path.stem for path in (folder / "memory").glob("*.md")} == {*DOCUMENTS, "README"}
+    assert "memory/results.svg" in (folder / "README.md").read_text()
     assert "whole" in (folder / "memory" / "active-focus.md").read_text()
 
 

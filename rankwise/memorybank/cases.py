@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rankwise.config import SCREENING_BELOW, StudyConfig
+from rankwise.datasizes import read_begun
 from rankwise.errors import RankwiseError
 from rankwise.report.opening import missing_runs, opening
 from rankwise.store import read_json
-from rankwise.studyfile import read_begun, read_study
+from rankwise.studyfile import read_study
 from rankwise.tables import ArmRow, Results, arm_rows
 
 State = Literal["not begun", "tuning", "unfinished", "whole"]

@@ -1,4 +1,4 @@
-"""The eight documents: written where they are missing, their generated parts renewed where they are there."""
+"""The eight documents and a README's results: begun where missing, their generated parts renewed."""
 
 from __future__ import annotations
 
@@ -16,11 +16,14 @@ from rankwise.memorybank.ground import Ground
 from rankwise.memorybank.knowledge import knowledge
 from rankwise.memorybank.markers import begin, end, parts_of, renewed
 from rankwise.memorybank.progress import progress
+from rankwise.memorybank.readme import PART, PICTURE, asks, picture, results_section
 from rankwise.memorybank.text import Marked, shown
 
 TEMPLATES = Path(__file__).parent.parent / "templates"
 DOCUMENTS = ("brief", "product", "system", "tech", "active-focus", "progress", "decisions", "knowledge")
 """In the order in which they are read; those that have no generated part are only ever begun."""
+README = "README"
+"""The project's own, beside the folder: nothing is written to it unless it has the part for results."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Memory:
             return [f"{self.folder}/: all {len(DOCUMENTS)} documents are as studies and records say."]
         words = ("begun", "renewed") if self.written else ("missing", "stale")
         found = zip(words, (self.missing, self.stale), strict=True)
-        lines = [f"{word}: {self.folder / f'{name}.md'}" for word, names in found for name in names]
+        lines = [f"{word}: {_place(self.folder, name)}" for word, names in found for name in names]
         return lines if self.written else [*lines, "`rankwise memory` writes them."]
 
 
@@ -60,7 +63,8 @@ def write_memory(
     """Write the memory bank, or say which of its documents are stale.
 
     A document that is missing is begun from its template. In one that is there, the generated parts alone
-    are renewed; what people wrote around them is kept byte for byte. All parts are made before anything is
+    are renewed; what people wrote around them is kept byte for byte. So it is with the README beside the
+    folder, if it has the part `results`, which shows a picture. All parts are made before anything is
     written. The same studies and records give the same bytes: no times of now, no readings of this machine.
 
     Args:
@@ -79,16 +83,30 @@ def write_memory(
     Cost: a second to import what the report uses, then some 3 ms a record, and twice 0.1 s for each declared
         contrast.
     """
-    asked = read_asked(_files(studies), results)
-    made = pages(Ground(asked, results, folder))
-    before = {name: _read(folder / f"{name}.md") for name in DOCUMENTS}
-    after = {name: _after(before[name], made[name], folder / f"{name}.md") for name in DOCUMENTS}
-    missing = tuple(name for name in DOCUMENTS if before[name] is None)
-    stale = tuple(name for name in DOCUMENTS if name not in missing and before[name] != after[name])
+    ground = Ground(read_asked(_files(studies), results), results, folder)
+    made = pages(ground)
+    before = {name: _read(_place(folder, name)) for name in (*DOCUMENTS, README, PICTURE)}
+    after = {name: _after(before[name], made[name], _place(folder, name)) for name in DOCUMENTS}
+    after |= _results(ground, before[README])
+    missing = tuple(name for name in after if before[name] is None)
+    stale = tuple(name for name in after if name not in missing and before[name] != after[name])
     if not check:
         for name in (*missing, *stale):
-            _write(folder / f"{name}.md", after[name])
+            _write(_place(folder, name), after[name])
     return Memory(folder, missing, stale, not check)
+
+
+def _place(folder: Path, name: str) -> Path:
+    return {README: folder.parent / "README.md", PICTURE: folder / PICTURE}.get(name, folder / f"{name}.md")
+
+
+def _results(ground: Ground, readme: bytes | None) -> dict[str, bytes]:
+    """Return a README with its results, and their picture, if it asks for them."""
+    if readme is None or not asks(readme):
+        return {}
+    path, drawn = _place(ground.folder, README), picture(ground)
+    after = {README: renewed(readme, path, {PART: results_section(ground, path)})}
+    return after if drawn is None else after | {PICTURE: drawn}
 
 
 def pages(ground: Ground) -> dict[str, str]:

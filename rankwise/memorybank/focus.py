@@ -8,7 +8,8 @@ from rankwise import datasizes, power
 from rankwise.config import SCREENING_BELOW
 from rankwise.contrasts import contrast_rows
 from rankwise.memorybank.cases import Asked, Case, machines, newest, opened_by
-from rankwise.memorybank.ground import Ground, against
+from rankwise.memorybank.findings import findings
+from rankwise.memorybank.ground import Ground
 from rankwise.memorybank.text import Marked, code, joined, listed, md, table
 from rankwise.report.opening import NONE_SHOWN, count, state
 from rankwise.tables import count_of_seeds
@@ -67,13 +68,7 @@ def _reported(ground: Ground) -> list[Asked]:
 def _learnt(ground: Ground, one: Asked) -> Marked:
     case = next(case for case in reversed(one.cases) if case.reported)  # the most rows
     assert case.results is not None
-    parts: list[Any] = []
-    if case.name in ground.advice:
-        parts.append(ground.advice[case.name].sentence())
-    if case.results.config.contrasts and not case.screens:
-        parts.append(case.said)
-    if not parts:
-        parts += [case.said, *_range(case)]
+    parts: list[Any] = [*findings(ground, case)]
     parts += datasizes.told(one.by_size) if one.config.train_examples else []
     parts += [line for line in state(case.results) if not line.startswith("Failed:")]
     return md(
@@ -83,32 +78,6 @@ def _learnt(ground: Ground, one: Asked) -> Marked:
         records=ground.records(case),
         text=joined(parts),
     )
-
-
-def _range(case: Case) -> list[Marked]:
-    """Return how far the arms lie from the baseline, over the seeds that each shares with it."""
-    assert case.results is not None
-    baseline, before = case.results.config.baseline, case.results.untouched()
-    lines = []
-    own = next((row for row in case.arms if row.arm == baseline), None)
-    if before is not None and own is not None and own.gain is not None:
-        lines.append(md(
-            "The untouched model has a test loss of {before}; {arm} is {gain} below it ({seeds}).",
-            before=f"{before:.4f}", arm=code(own.arm), gain=f"{own.gain:.4f}", seeds=count_of_seeds(own.done),
-        ))  # fmt: skip
-    found = {
-        arm: against(case, arm, baseline) for arm in case.results.config.arms if baseline and arm != baseline
-    }
-    apart = sorted((mean, n, arm) for arm, pair in found.items() if pair for mean, n in [pair])
-    if len(apart) > 1:
-        (low, n, lowest), (high, m, highest) = apart[0], apart[-1]
-        lines.append(md(
-            "Over the seeds that they share with it, {arms} lie between {low} ({lowest}, {n}) and {high} "
-            "({highest}, {m}).",
-            arms=count(len(apart), "other arm"), low=f"{low:+.4f}", lowest=code(lowest), n=count_of_seeds(n),
-            high=f"{high:+.4f}", highest=code(highest), m=count_of_seeds(m),
-        ))  # fmt: skip
-    return lines
 
 
 # --- what is next -----------------------------------------------------------------------------------

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rankwise.config import SCREENING_BELOW, StudyConfig
+from rankwise.datasizes import read_begun
 from rankwise.errors import RankwiseError
 from rankwise.paper.macros import Macro
 from rankwise.paper.names import macro_name
 from rankwise.paper.typeset import NOT_RUN, NOT_YET, number
-from rankwise.studyfile import read_begun
 from rankwise.tables import Results
 
 EXPECTED = ("confirmatory",)

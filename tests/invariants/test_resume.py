@@ -28,6 +28,7 @@ from rankwise.store import Store
 from rankwise.study import run_study
 from rankwise.train import StepLog, Trained, train_adapters
 from tests.conftest import alpaca_rows, byte_tokenizer, tiny_llama
+from tests.forked import Forked
 from tests.parts import ADAPTER, RECORD, hand_rows, opened, plan_of, records_of, train_config
 
 STEPS = 16  # of every run: 2 epochs over 32 rows, 4 at a time
@@ -64,22 +65,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def start(folder: Path, results: str) -> subprocess.Popen[str]:
-    command = ["study", "run", "study.yaml", "--results", results, "--checkpoint-seconds", "0"]
-    return subprocess.Popen(
-        [sys.executable, "-m", "rankwise", *command],
-        cwd=folder, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-        env={**os.environ, "COLUMNS": "200", "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+COMMAND = ["study", "run", "study.yaml", "--checkpoint-seconds", "0", "--results"]
 
 
-def wait_for_work(process: subprocess.Popen[str]) -> float:
-    """Return when the study begins to work, past the imports and the loading."""
-    assert process.stderr is not None
-    for line in process.stderr:
-        if "runs done" in line:
-            return time.perf_counter()
-    raise AssertionError("the study ended before it began")
+def start(folder: Path, results: str) -> Forked:
+    env = {**os.environ, "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
+    return Forked([*COMMAND, results], folder, env)
+
+
+def wait_for_work(process: Forked) -> float:
+    """Return when the study begins to work, past the loading."""
+    while "runs done" not in process.err.read_text():
+        assert process.poll() is None, "the study ended before it began"
+        time.sleep(0.005)
+    return time.perf_counter()
 
 
 @pytest.fixture(scope="module")
@@ -142,13 +141,13 @@ def renamed(results: Path, since: float) -> bool:
 Moment = float | Callable[[Path, float], bool]
 
 
-def kill_at(process: subprocess.Popen[str], moment: Moment, results: Path) -> bool:
+def kill_at(process: Forked, moment: Moment, results: Path) -> bool:
     """Kill the process at a moment of its work; return False if it ended first."""
     since = time.time()
     begun = wait_for_work(process)
     while process.poll() is None:
         if moment(results, since) if callable(moment) else time.perf_counter() - begun >= moment:
-            process.send_signal(signal.SIGKILL)
+            process.kill()
             break
     process.communicate()
     return process.returncode == -signal.SIGKILL
@@ -165,10 +164,10 @@ def test_twenty_kills_change_nothing(folder: Path, uninterrupted: tuple[dict, fl
     moments = drawn + aimed
     draw.shuffle(moments)
 
-    process = start(folder, "killed")
-    time.sleep(draw.uniform(0.5, 2))  # in the imports
-    process.kill()
-    process.communicate()
+    importing = subprocess.Popen([sys.executable, "-m", "rankwise", *COMMAND, "killed"], cwd=folder)
+    time.sleep(draw.uniform(0.5, 2))
+    importing.kill()
+    importing.wait()
     seen: dict[str, tuple] = {}
     kills, unfinished = 1, 0
     for moment in moments:
