@@ -42,8 +42,8 @@ DATA = (
 )
 STEPS = 2
 SMALLER = {
-    "name": "dialogpt-smoke", "data.source": DATA, "data.train": 16, "data.validation": 4, "data.test": 4,
-    "train.max_steps": STEPS, "train.step_examples": 4, "train.micro_tokens": 1024,
+    "name": "dialogpt-smoke", "data.source": DATA, "data.train": 4, "data.validation": 2, "data.test": 2,
+    "train.max_steps": STEPS, "train.step_examples": 2, "train.micro_tokens": 1024,
     "train.learning_rates": "[3e-4]", "seeds.reporting": 1,
 }  # fmt: skip
 """What this changes of the study, besides its model: so little is trained that two cores need minutes."""

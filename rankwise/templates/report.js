@@ -325,12 +325,55 @@
     return wide;
   }
 
+  // --- tables in another order ---------------------------------------------------------------
+
+  const TURNS = { none: "ascending", ascending: "descending", descending: "none" };
+
+  function valueOf(row, place) {
+    const text = row.cells[place].textContent.trim();
+    const number = text.replace(/−/g, "-").replace(/,/g, "").match(/^[+-]?\d+(\.\d+)?(e[+-]?\d+)?(?![-\w])/i);
+    return number ? Number(number[0]) : text;
+  }
+
+  // Numbers before words; what has no value stays last in both directions.
+  function compare(a, b) {
+    if (typeof a !== typeof b) return typeof a === "number" ? -1 : 1;
+    return typeof a === "number" ? a - b : a.localeCompare(b, undefined, { numeric: true });
+  }
+
+  function sort(heading) {
+    const table = heading.closest("table"), body = table.tBodies[0], place = heading.cellIndex;
+    const turn = TURNS[heading.getAttribute("aria-sort") || "none"];
+    for (const other of table.tHead.rows[0].cells) other.removeAttribute("aria-sort");
+    const rows = Array.from(body.rows, (row, i) => {
+      row.dataset.place = row.dataset.place ?? i;
+      return { row, first: Number(row.dataset.place), value: valueOf(row, place) };
+    });
+    const sign = turn === "descending" ? -1 : 1;
+    rows.sort((a, b) => {
+      if (turn === "none") return a.first - b.first;
+      const empty = (a.value === "") - (b.value === "");
+      return empty || sign * compare(a.value, b.value) || a.first - b.first;
+    });
+    if (turn !== "none") heading.setAttribute("aria-sort", turn);
+    body.append(...rows.map((one) => one.row));
+  }
+
+  for (const heading of document.querySelectorAll("table.sortable thead th")) {
+    const words = heading.textContent;
+    heading.replaceChildren();
+    element("button", words, heading, { type: "button", class: "sort" });
+  }
+
   // --- what a reader does --------------------------------------------------------------------
 
   document.addEventListener("click", (event) => {
     const button = event.target.closest("[data-all]");
     const row = event.target.closest("tr[data-arm]");
-    if (button) {
+    const heading = event.target.closest("button.sort");
+    if (heading) {
+      sort(heading.parentElement);
+    } else if (button) {
       for (const box of button.closest("fieldset").querySelectorAll("input")) box.checked = button.dataset.all === "yes";
       filter();
     } else if (row && !String(window.getSelection())) {

@@ -267,6 +267,40 @@ def test_the_filters_act_on_table_and_pictures(browser: Any, pages: dict[str, Pa
     assert faults(browser) == []
 
 
+def column(browser: Any, heading: str) -> list[str]:
+    """The shown cells of the arms' table below this heading."""
+    return browser.execute_script(
+        """
+        const table = document.querySelector("tr[data-arm]").closest("table");
+        const at = [...table.tHead.rows[0].cells].findIndex((cell) => cell.textContent === arguments[0]);
+        const shown = [...table.tBodies[0].rows].filter((row) => !row.hidden);
+        return shown.map((row) => row.cells[at].textContent.trim());
+        """,
+        heading,
+    )
+
+
+def test_a_click_on_a_heading_sorts_the_table(browser: Any, pages: dict[str, Path]):
+    opened(browser, pages["strategies"])
+    table = browser.find_element(By.CSS_SELECTOR, "tr[data-arm]").find_element(By.XPATH, "ancestor::table")
+    first = column(browser, "loss")
+    button = next(b for b in table.find_elements(By.CSS_SELECTOR, "button.sort") if b.text == "loss")
+    heading = button.find_element(By.XPATH, "..")
+    orders = []
+    for told in ("ascending", "descending", None):
+        button.send_keys(Keys.ENTER)
+        assert heading.get_attribute("aria-sort") == told
+        orders.append([float(loss) for loss in column(browser, "loss")])
+    assert orders[0] == sorted(orders[0]) and orders[1] == orders[0][::-1] != orders[0]
+    assert column(browser, "loss") == first
+    arm = next(b for b in table.find_elements(By.CSS_SELECTOR, "button.sort") if b.text == "arm")
+    arm.click()
+    names = column(browser, "arm")
+    assert names == sorted(names)
+    tick(browser, "budget", "r=4")
+    assert column(browser, "arm") == [name for name in names if "@r4" not in name]
+
+
 def test_a_click_on_a_point_or_a_row_opens_the_arm(browser: Any, pages: dict[str, Path]):
     opened(browser, pages["made-up"])
     title = browser.find_element(By.ID, "arm-title")
