@@ -173,6 +173,7 @@ class StudyProgress(Observer):
             TextColumn("ETA"),
             Remaining(elapsed_when_finished=False),
             console=err,
+            speed_estimate_period=900,  # seconds: a run works in bursts, between loading and scoring
         )
         self.task = self.bar.add_task("study", total=None)
         self.live = Live(console=err, refresh_per_second=4, transient=True)
