@@ -102,21 +102,20 @@ def vocabulary(folder: Path) -> None:
 
 def compare(results: Results, modules: Inventory) -> list[str]:
     """Print each arm's counts as its built model had them; return what is not as the test vectors say."""
-    table = Table("arm", "strategy", "trainable", "all", "steps", "ranks")
-    for column in table.columns[2:5]:
+    table = Table("arm", "trainable", "all", "steps", "ranks", "")
+    for column in table.columns[1:4]:
         column.justify = "right"
     faults = []
-    for name, arm in results.config.arms.items():
+    for name in results.config.arms:
         (record,), (plan,) = results.of(name).values(), results.plans(name)
         found = faults_of(record, plan, modules)
         faults += [f"{name}: {fault}" for fault in found]
         info = record["train_info"]
         counts = [f"{info.get(key, 0):,}" for key in ("num_trainable_params", "num_total_params", "steps")]
-        ends = f"{min(plan['ranks'].values())} to {max(plan['ranks'].values())}"
-        table.add_row(
-            name, arm.strategy, *counts, "[red]differ[/]" if found else f"{ends}, as they should be"
-        )
-    Console().print(table)
+        low, high = min(plan["ranks"].values()), max(plan["ranks"].values())
+        ranks = str(low) if low == high else f"{low}-{high}"
+        table.add_row(name, *counts, ranks, "[red]differs[/]" if found else "as it should be")
+    Console(width=100).print(table)
     return faults
 
 
