@@ -130,12 +130,13 @@ def faults_of(record: dict[str, Any], plan: dict[str, Any], modules: Inventory) 
         wrong = [m.name for m in modules if ranks[m.name] != wanted(m)]
         faults += [f"{len(wrong)} ranks are not the formula's, {wrong[0]} first"] if wrong else []
     trainable = sum(ranks[m.name] * m.cost for m in modules)
-    budget = plan["budget"] or trainable
-    cheapest = min(m.cost for m in modules)
-    if plan["strategy"] == "uniform":
-        budget = COUNTS[f"r={ranks[modules.modules[0].name]}"]
-    if not budget - cheapest < trainable <= budget:
-        faults.append(f"{trainable:,} parameters planned of a budget of {budget:,}")
+    same = len(set(ranks.values())) == 1
+    if plan["strategy"] == "uniform" and not (same and trainable in (COUNTS["r=8"], COUNTS["r=16"])):
+        faults.append(f"{trainable:,} parameters in uniform ranks")
+    elif plan["match"] == "budget":
+        budget = COUNTS["r=8" if trainable <= COUNTS["r=8"] else "r=16"]
+        if not budget - min(m.cost for m in modules) < trainable <= budget:
+            faults.append(f"{trainable:,} parameters planned of a budget of {budget:,}")
     expected = {"num_trainable_params": trainable, "num_total_params": COUNTS["base"] + trainable}
     faults += [f"{key} {info[key]:,}, not {n:,}" for key, n in expected.items() if info[key] != n]
     return faults

@@ -310,28 +310,10 @@ def digest(value: Any, length: int = 16) -> str:
 
 def cross_faults(study: StudyConfig) -> list[Fault]:
     """Return the faults that lie between fields (names that refer to nothing, missing partners)."""
-    faults: list[Fault] = []
-    arms = list(study.arms)
-    if study.baseline is not None and study.baseline not in study.arms:
-        faults.append(Fault(("baseline",), _no_arm(study.baseline, arms)))
-    if study.contrasts and study.baseline is None:
-        faults.append(
-            Fault(("contrasts",), "contrasts need a baseline: name one of the arms as `baseline:`.")
-        )
-    for index, (arm, against) in enumerate(study.pairs()):
-        for name in (arm, against):
-            if name not in study.arms and name != str(study.baseline):  # that one is told above
-                faults.append(Fault(("contrasts", index), _no_arm(name, arms)))
-        if arm == against:
-            faults.append(Fault(("contrasts", index), f"an arm cannot be compared with itself: {arm!r}."))
-    pairs, rates = study.pairs(), study.train.learning_rates
-    if len(set(pairs)) < len(pairs):
-        faults.append(
-            Fault(("contrasts",), "a contrast stands here twice; each counts in Holm's adjustment.")
-        )
+    faults = [*_contrast_faults(study), *_ladder_faults(study), *_arm_faults(study)]
+    rates = study.train.learning_rates
     if len(set(rates)) < len(rates):
         faults.append(Fault(("train", "learning_rates"), "a rate stands here twice; one rate is no grid."))
-    faults += _ladder_faults(study)
     if study.seeds.first + study.seeds.reporting > 1000:
         rule = "reporting seeds end below 1000, where tuning seeds begin."
         faults.append(Fault(("seeds", "first"), rule))
@@ -346,6 +328,34 @@ def cross_faults(study: StudyConfig) -> list[Fault]:
         faults.append(
             Fault(("seeds", "tuning"), "several learning_rates need tuning seeds (2 is usual); got 0.")
         )
+    return faults
+
+
+def _contrast_faults(study: StudyConfig) -> list[Fault]:
+    faults: list[Fault] = []
+    arms = list(study.arms)
+    if study.baseline is not None and study.baseline not in study.arms:
+        faults.append(Fault(("baseline",), _no_arm(study.baseline, arms)))
+    if study.contrasts and study.baseline is None:
+        faults.append(
+            Fault(("contrasts",), "contrasts need a baseline: name one of the arms as `baseline:`.")
+        )
+    for index, (arm, against) in enumerate(study.pairs()):
+        for name in (arm, against):
+            if name not in study.arms and name != str(study.baseline):  # that one is told above
+                faults.append(Fault(("contrasts", index), _no_arm(name, arms)))
+        if arm == against:
+            faults.append(Fault(("contrasts", index), f"an arm cannot be compared with itself: {arm!r}."))
+    pairs = study.pairs()
+    if len(set(pairs)) < len(pairs):
+        faults.append(
+            Fault(("contrasts",), "a contrast stands here twice; each counts in Holm's adjustment.")
+        )
+    return faults
+
+
+def _arm_faults(study: StudyConfig) -> list[Fault]:
+    faults = []
     for name, config in study.arms.items():
         if config.match == "budget" and config.budget is None:
             rule = "an arm needs a budget, such as `budget: r=8`, or `match: none` for its own ranks."

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from rankwise import figures
 from rankwise.memorybank.cases import Case
 from rankwise.memorybank.findings import findings
 from rankwise.memorybank.ground import Ground
 from rankwise.memorybank.markers import begin
 from rankwise.memorybank.text import Marked, link, md
-from rankwise.paper.pictures import losses
+from rankwise.paper.pictures import losses, picture_bytes
 
 PART = "results"
 PICTURE = "results.svg"
@@ -56,7 +54,4 @@ def picture(ground: Ground) -> bytes | None:
         return None
     results = ground.reported[0].results
     assert results is not None
-    draw, rows, settings = losses(results)
-    with tempfile.TemporaryDirectory() as folder:
-        stem = Path(folder) / Path(PICTURE).stem
-        return figures.save(figures.picture(draw, rows, **settings), stem, ("svg",))[0].read_bytes()
+    return picture_bytes(losses(results), *PICTURE.split("."))

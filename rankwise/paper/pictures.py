@@ -79,13 +79,18 @@ def heatmap(results: Results, arm: str) -> Drawn:
     return figures.rank_heatmap, figuretables.heat_cells(plans[0]) if plans else [], {}
 
 
+def picture_bytes(found: Drawn, stem: str, form: str) -> bytes:
+    """Return a picture as a file of this format holds it; equal rows and stems give equal bytes."""
+    draw, rows, settings = found
+    with tempfile.TemporaryDirectory() as folder:
+        figure = figures.picture(draw, rows, **settings)
+        return figures.save(figure, Path(folder) / stem, (form,))[0].read_bytes()
+
+
 def drawn(found: Drawn, stem: str) -> dict[str, bytes]:
     """Return the PDF and the LaTeX that includes it, or LaTeX that says that there is nothing to draw yet."""
-    draw, rows, settings = found
-    if not rows:
+    if not found[1]:
         return {f"{stem}.tex": b"\\notyet{}\n"}
-    with tempfile.TemporaryDirectory() as folder:
-        path = figures.save(figures.picture(draw, rows, **settings), Path(folder) / stem, ("pdf",))[0]
-        image = path.read_bytes()
+    image = picture_bytes(found, stem, "pdf")
     shown = f"\\includegraphics[width=\\linewidth]{{generated/{stem}.pdf}}\n"
     return {f"{stem}.tex": shown.encode(), f"{stem}.pdf": image}
