@@ -17,7 +17,7 @@ from rankwise.contrasts import contrast_rows
 from rankwise.errors import RankwiseError
 from rankwise.memorybank import DOCUMENTS, Memory, write_memory
 from rankwise.memorybank.markers import begin, end
-from rankwise.memorybank.text import prose
+from rankwise.memorybank.text import named, prose
 from rankwise.recommend import recommend
 from rankwise.report.opening import opening
 from rankwise.report.settings import study_yaml
@@ -298,6 +298,12 @@ def test_questions_name_the_studies_that_will_answer(tmp_path: Path):
     assert "1.43 with 6, 1.16 with 8" in said
     mean = sum(results.losses("spectral").values()) / 3 - sum(results.losses("uniform").values()) / 3
     assert f"`spectral` {mean:+.4f} (3 seeds). An order over 3 seeds at most, and no verdict." in said
+
+
+def test_arms_are_code_in_sentences_and_words_are_words():
+    arms = ["uniform", "uniform-r1", "uniform-r16", "<b>-1", "a_b"]
+    said = named("uniform-r16 against uniform-r1x, uniform-r1 and <b>-1; a uniform *plan*, a_b.", arms)
+    assert said == r"`uniform-r16` against uniform-r1x, `uniform-r1` and `<b>-1`; a uniform \*plan\*, `a_b`."
 
 
 def test_a_recommendation_is_told_as_recommend_words_it(tmp_path: Path):

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from rankwise.config import SCREENING_BELOW, StudyConfig
 from rankwise.datasizes import read_begun
 from rankwise.errors import RankwiseError
+from rankwise.memorybank.text import Marked, named
 from rankwise.report.opening import missing_runs, opening
 from rankwise.store import read_json
 from rankwise.studyfile import read_study
@@ -98,6 +99,10 @@ class Case:
     def said(self) -> str:
         """The report's first sentence; empty before the first run."""
         return "" if self.results is None else opening(self.results)
+
+    def told(self, sentence: str) -> Marked:
+        """Return a sentence about this study with its arms' names as code."""
+        return named(sentence, self.config.arms)
 
     @property
     def failed(self) -> list[tuple[dict[str, Any], dict[str, Any]]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rankwise.memorybank.cases import Case
 from rankwise.memorybank.ground import Ground, against
-from rankwise.memorybank.text import Marked, code, joined, md
+from rankwise.memorybank.text import Marked, code, md
 from rankwise.tables import count_of_seeds
 
 
@@ -13,10 +13,10 @@ def findings(ground: Ground, case: Case) -> list[Marked]:
     assert case.results is not None
     found = []
     if case.name in ground.advice:
-        found.append(joined([ground.advice[case.name].sentence()]))
+        found.append(case.told(ground.advice[case.name].sentence()))
     if case.results.config.contrasts and not case.screens:
-        found.append(joined([case.said]))
-    return found or [_numbers(case) or joined([case.said])]
+        found.append(case.told(case.said))
+    return found or [_numbers(case) or case.told(case.said)]
 
 
 def _numbers(case: Case) -> Marked | None:
@@ -35,7 +35,7 @@ def _numbers(case: Case) -> Marked | None:
     return md(
         "{base} is {gain} nats a token below the untouched model's {before} ({seeds}), and {others} other "
         "arms lie between {low} ({lowest}, {n}) and {high} ({highest}, {m}) of it; {said}",
-        said=case.said[0].lower() + case.said[1:], base=code(baseline), gain=f"{own.gain:.4f}",
+        said=case.told(case.said[0].lower() + case.said[1:]), base=code(baseline), gain=f"{own.gain:.4f}",
         before=f"{before:.4f}", seeds=count_of_seeds(own.done), others=f"{len(apart):,}",
         low=f"{low:+.4f}", lowest=code(lowest), n=count_of_seeds(n),
         high=f"{high:+.4f}", highest=code(highest), m=count_of_seeds(m),

@@ -28,12 +28,14 @@ def _numbers(ground: Ground, case: Case) -> dict[str, Any]:
     lines = result_lines(results)
     compared = contrast_lines(results) if results.config.contrasts else None
     owner = next(one for one in ground.asked if case in one.cases)
+    advice = ground.advice.get(case.name)
     return {
         "name": case.name, "study": ground.study(case, "study"), "records": ground.records(case),
-        "said": joined([case.said, *state(results)]), "table": _table(lines, RESULT), "shared": lines.shared,
+        "said": joined([case.told(case.said), *state(results)]),
+        "table": _table(lines, RESULT), "shared": lines.shared,
         "contrasts": _table(compared, CONTRAST) if compared else None,
         "margin": compared.shared if compared else "",
-        "advice": ground.advice[case.name].sentences() if case.name in ground.advice else [],
+        "advice": [case.told(line) for line in advice.sentences()] if advice else [],
         "sizes": datasizes.told(owner.by_size) if _largest(owner, case) else [],
         "notes": [line for line in notes(results) if not line.startswith(("probes,", "* "))],
     }  # fmt: skip

@@ -151,9 +151,9 @@ def _strategies(ground: Ground) -> list[Marked]:
             lines += _lowest(ground, case)
         else:
             lines.append(md("{study} ({records}): {said}", study=ground.study(case),
-                            records=ground.records(case), said=case.said))  # fmt: skip
+                            records=ground.records(case), said=case.told(case.said)))  # fmt: skip
     lines += [
-        md("{study}: {said}", study=ground.study(case), said=ground.advice[case.name].sentence())
+        md("{study}: {said}", study=ground.study(case), said=case.told(ground.advice[case.name].sentence()))
         for case in ground.reported
         if case.name in ground.advice
     ]

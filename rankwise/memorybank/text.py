@@ -7,7 +7,8 @@ templates' environment.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -42,6 +43,18 @@ def listed(names: Sequence[str], most: int = 0) -> Marked:
     few = names[:most] if most and len(names) > most + 1 else names
     rest = [f"and {len(names) - len(few)} more"] if len(few) < len(names) else []
     return Marked(", ".join([*map(code, few), *rest]))
+
+
+def named(sentence: str, names: Iterable[str]) -> Marked:
+    """Return a sentence in which these names are code and the rest is escaped.
+
+    Names that are words of the language stay words: an arm `uniform` is no other than what "uniform" says.
+    """
+    wanted = sorted((name for name in names if not name.isalpha()), key=len, reverse=True)
+    if not wanted:
+        return Marked(prose(sentence))
+    parts = re.split(rf"(?<![\w@-])({'|'.join(map(re.escape, wanted))})(?![\w@-])", sentence)
+    return Marked("".join(code(part) if i % 2 else prose(part) for i, part in enumerate(parts)))
 
 
 def joined(parts: Sequence[Any]) -> Marked:

@@ -111,18 +111,22 @@ def _all(results: Results) -> str:
 
 
 def _not_shown(results: Results) -> str:
-    """Return the tested contrasts that ended without a difference; the decision is the figures' own."""
+    """Return the tested contrasts that ended without a difference; the decision is the figures' own.
+
+    Their numbers are in `Verdicts`, and are not said again.
+    """
     rows = zip(contrast_rows(results), difference_rows(results), strict=True)
     found = [row for row, drawn in rows if drawn.decided and not row.verdict.startswith("differs")]
     seeds = results.config.seeds.reporting
     if not found:
         return "No tested contrast of it ended that way."
-    return " ".join(sentence(row, seeds) for row in found)
+    return "; ".join(f"{name(row.arm)} {phrase(row, seeds)} {name(row.against)}" for row in found) + "."
 
 
 def _said(text: str) -> str:
-    """Return a sentence of the report's as LaTeX, with true minus signs before its numbers."""
-    return re.sub(r"(?<![\w}-])-(?=[0-9])", r"\\ensuremath{-}", escaped(text))
+    """Return a sentence of the report's as LaTeX, with true quotes, and true minus signs before numbers."""
+    quoted = re.sub(r"(?<!\w)'([^']+)'(?!\w)", "\u2018\\1\u2019", text)
+    return re.sub(r"(?<![\w}-])-(?=[0-9])", r"\\ensuremath{-}", escaped(quoted))
 
 
 def _advice(results: Results, whole: bool) -> str:
