@@ -30,6 +30,7 @@ class Rung:
         losses: of the finished reporting runs, in the order of the seeds.
         loss: their mean.
         difference: mean loss minus that of the ladder's largest plan, over their common seeds.
+        common: how many those are.
         bound: the one-sided upper bound of that difference at `level`.
         rival: the plan that this one is hardest to call no worse than.
         rival_bound: the upper bound of the difference to it; below the margin exactly when passed.
@@ -41,6 +42,7 @@ class Rung:
     losses: tuple[float, ...]
     loss: float | None
     difference: float | None
+    common: int = 0
     bound: float | None = None
     rival: str | None = None
     rival_bound: float | None = None
@@ -96,6 +98,8 @@ class LadderResult:
         step = next(step for step in self.decision.steps if step.rung == found.rung)
         test, rival = step.tests[step.hardest], self.arms[step.rivals[step.hardest]]
         said = f"{self.arms[found.rung]} is not shown: against {rival} it may lose up to {test.bound:.4f}"
+        if found.more_if_equal is None:
+            return f"{said}, a margin that no number of seeds could show"
         if found.more is None:
             return f"{said} and looks worse by the margin or more"
         seeds = self.decision.seeds + found.more
@@ -112,7 +116,7 @@ class LadderResult:
         largest = self.arms[-1]
         return [f"no verdict: {'; '.join(self.faults)}."] + [
             f"{rung.arm}: mean loss {rung.loss:.4f}, {rung.difference:+.4f} against {largest} over "
-            f"{count(len(rung.losses), 'seed')}."
+            f"{count(rung.common, 'seed')}."
             for rung in self.rungs[:-1]
             if rung.loss is not None and rung.difference is not None
         ]
@@ -297,9 +301,12 @@ class Recommendation:
             for rung in found.rungs:
                 mark = " <" if rung.arm == found.chosen else ""
                 table.add_row(*(escape(visible(cell)) for cell in _cells(rung, mark)))
-        margin = "none" if self.margin is None else f"{self.margin:.4f}"
+        usable = self.margin is not None and self.margin > 0
         lines = [
-            f"margin {margin}; <: the cheapest that is shown to be within it of every plan of its ladder"
+            f"margin {self.margin:.4f}; <: the cheapest that is shown to be within it of every plan of its "
+            "ladder"
+            if usable
+            else "no margin"
         ]
         lines += [
             f"ladder {one.name!r}: no verdict: {'; '.join(one.faults)}" for one in self.ladders if one.faults

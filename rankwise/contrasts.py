@@ -20,7 +20,10 @@ DRAWS = 4_000
 
 @dataclass(frozen=True)
 class ContrastRow:
-    """One declared contrast: numbers where there are some, and what may be said of them."""
+    """One declared contrast: numbers where there are some, and what may be said of them.
+
+    `p_holm` is None where it has no verdict yet or none at all, whatever its `paired` numbers are.
+    """
 
     arm: str
     against: str
@@ -32,12 +35,19 @@ class ContrastRow:
 
 
 def contrast_rows(results: Results) -> list[ContrastRow]:
-    """Return the declared contrasts with their paired t-intervals, Holm-adjusted, and their verdicts."""
+    """Return the declared contrasts with their paired t-intervals, Holm-adjusted, and their verdicts.
+
+    Holm's adjustment is over all that were declared: one that cannot be tested counts as p = 1, so that the
+    others' verdicts do not grow stronger by what went wrong elsewhere, nor change when it is mended.
+    """
     pairs = results.config.pairs()
-    compared = {pair: _compare(results, *pair, len(pairs)) for pair in pairs}
-    found = [pair for pair in pairs if compared[pair] is not None]
-    adjusted = dict(zip(found, stats.holm([compared[p].p for p in found]), strict=True))  # type: ignore[union-attr]
-    return [_contrast_row(results, pair, compared[pair], adjusted.get(pair)) for pair in pairs]
+    compared = [_compare(results, *pair, len(pairs)) for pair in pairs]
+    untested = [_untested(results, pair) for pair in pairs]
+    found = [1.0 if p is None or why else p.p for p, why in zip(compared, untested, strict=True)]
+    return [
+        _contrast_row(results, pair, paired, why, None if paired is None or why else adjusted)
+        for pair, paired, why, adjusted in zip(pairs, compared, untested, stats.holm(found), strict=True)
+    ]
 
 
 def differences(results: Results, arm: str, against: str) -> list[float]:
@@ -62,24 +72,31 @@ def margin(results: Results) -> float | None:
     return results.config.margin * (untouched - statistics.fmean(losses))
 
 
+def _untested(results: Results, pair: tuple[str, str]) -> str | None:
+    """Return why a contrast has no verdict, as its verdict says it; None where it can be tested."""
+    if any(r["status"] == "failed" for name in pair for r in results.of(name).values()):
+        return "no verdict: a run failed"
+    if lost := [name for name in pair if hopeless(results.index["rates"][name])]:
+        return f"no verdict: every rate of {lost[0]} diverged"
+    if any(len(results.of(name)) != results.config.seeds.reporting for name in pair):
+        return "no verdict yet: runs are missing"
+    return None
+
+
 def _contrast_row(
-    results: Results, pair: tuple[str, str], paired: stats.Paired | None, p_holm: float | None
-) -> ContrastRow:
+    results: Results, pair: tuple[str, str], paired: stats.Paired | None, untested: str | None,
+    p_holm: float | None,
+) -> ContrastRow:  # fmt: skip
     band = margin(results)
-    failed = any(r["status"] == "failed" for name in pair for r in results.of(name).values())
-    complete = all(len(results.of(name)) == results.config.seeds.reporting for name in pair)
-    lost = [name for name in pair if hopeless(results.index["rates"][name])]
-    if failed:
-        verdict = "no verdict: a run failed"
-    elif lost:
-        verdict = f"no verdict: every rate of {lost[0]} diverged"
-    elif not complete:
-        verdict = "no verdict yet: runs are missing"
+    within = band is not None and band > 0 and paired is not None and _equivalent(results, pair, band)
+    if untested is not None:
+        verdict = untested
     elif results.config.seeds.reporting < SCREENING_BELOW or paired is None or p_holm is None:
         verdict = f"screening: {count_of_seeds(results.config.seeds.reporting)}, no verdict"
     elif p_holm < 0.05:
         verdict = "differs: lower loss" if paired.mean < 0 else "differs: higher loss"
-    elif band is not None and band > 0 and _equivalent(results, pair, band):
+        verdict += ", within the margin" * within  # both are shown: a difference, and that it is small
+    elif within:
         verdict = "equivalent within the margin"
     else:
         verdict = f"no difference shown; could have seen {paired.detectable:.4f}"

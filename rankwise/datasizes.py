@@ -17,7 +17,7 @@ from rankwise.config import SCREENING_BELOW, StudyConfig
 from rankwise.contrasts import differences
 from rankwise.store import Store
 from rankwise.studyfile import read_study
-from rankwise.tables import Results
+from rankwise.tables import Results, hopeless
 
 Overrides = tuple[str, ...]
 
@@ -98,29 +98,53 @@ def agreements(by_size: Mapping[int, Results]) -> list[Agreement]:
     return found
 
 
-def told(by_size: Mapping[int, Results]) -> list[str]:
-    """Return in sentences where the order of the arms stops changing, as far as that can be said."""
-    found = agreements(by_size)
+def told(by_size: Mapping[int, Results], asked: Sequence[int] = ()) -> list[str]:
+    """Return in sentences where the order of the arms stops changing, as far as that can be said.
+
+    Args:
+        by_size: of `records`.
+        asked: the numbers of rows that the study asks about; those that have not begun are told.
+    """
+    found, counts = agreements(by_size), []
+    if found and (found[0].pairs or _screens(by_size)):
+        counts = _counts(found, _largest(by_size))
+    left = _left_out(by_size, asked)
+    return [*counts, _conclusion(by_size, found), *([f"Left out: {left}."] if left else [])]
+
+
+def sentences(by_size: Mapping[int, Results], asked: Sequence[int] = ()) -> list[str]:
+    """Return the answer in one sentence that stands alone, then `told`."""
+    found, left = agreements(by_size), _left_out(by_size, asked)
+    pairs = f"the pairs of arms that {_largest(by_size)} rows tell apart" if found else ""
+    answer = _conclusion(by_size, found, pairs)
+    return [f"{answer[:-1]}; left out: {left}." if left else answer, *told(by_size, asked)]
+
+
+def _largest(by_size: Mapping[int, Results]) -> int:
+    return max(rows for rows, one in by_size.items() if _whole(one))
+
+
+def _screens(by_size: Mapping[int, Results]) -> bool:
+    return by_size[_largest(by_size)].config.seeds.reporting < SCREENING_BELOW
+
+
+def _conclusion(by_size: Mapping[int, Results], found: Sequence[Agreement], pairs: str = "") -> str:
+    """Return where the order settles; `pairs` names those whose order it is, told before if empty."""
     if not found:
-        return ["Fewer than two numbers of training rows are whole: nothing can be said of their order yet."]
-    largest = max(rows for rows, one in by_size.items() if _whole(one))
-    seeds = by_size[largest].config.seeds.reporting
-    if seeds < SCREENING_BELOW:
-        return [*_counts(found, largest), f"{seeds} seeds screen: where the order settles is not said."]
-    return _settled(found, largest)
-
-
-def _settled(found: Sequence[Agreement], largest: int) -> list[str]:
+        return "Fewer than two numbers of training rows are whole: nothing can be said of their order yet."
+    largest = settled = _largest(by_size)
+    if _screens(by_size):
+        seeds = by_size[largest].config.seeds.reporting
+        return f"{seeds} seeds screen: where the order settles is not said."
     if not found[0].pairs:
-        return [f"At {largest} rows no two arms are told apart (95 % paired intervals): no order is shown."]
-    settled = largest
+        return f"At {largest} rows no two arms are told apart (95 % paired intervals): no order is shown."
     for one in reversed(found):
         if one.agree < one.pairs:
             break
         settled = one.rows
     if settled == largest:
-        return [*_counts(found, largest), f"Their order had not settled below {largest} rows."]
-    return [*_counts(found, largest), f"From {settled} rows on the order of those pairs is the same."]
+        return f"{f'The order of {pairs}' if pairs else 'Their order'} had not settled below {largest} rows."
+    return f"From {settled} rows on the order of {pairs or 'those pairs'} is the same."
 
 
 def _counts(found: Sequence[Agreement], largest: int) -> list[str]:
@@ -129,6 +153,26 @@ def _counts(found: Sequence[Agreement], largest: int) -> list[str]:
         "in the same order" + ("" if one.correlation is None else f" (Spearman {one.correlation:.2f})") + "."
         for one in found
     ]
+
+
+def _left_out(by_size: Mapping[int, Results], asked: Sequence[int]) -> str:
+    """Return which numbers of rows `agreements` leaves out, and why; empty where it leaves out none."""
+    left = {rows: _why(one) for rows, one in by_size.items() if not _whole(one)}
+    left |= {rows: "not begun" for rows in asked if rows not in by_size}
+    return ", ".join(f"{rows} rows ({why})" for rows, why in sorted(left.items()))
+
+
+def _why(results: Results) -> str:
+    """Return why a number of rows is not whole."""
+    wanted, arms = results.config.seeds.reporting, results.config.arms
+    records = {arm: results.of(arm) for arm in arms}
+    failed = sum(record["status"] == "failed" for of_arm in records.values() for record in of_arm.values())
+    lost = [arm for arm in arms if hopeless(results.index["rates"][arm])]
+    whys = ["a run failed" if failed == 1 else f"{failed} runs failed"] if failed else []
+    whys += [f"every rate of {arm} diverged" for arm in lost]
+    if any(len(records[arm]) < wanted for arm in arms if arm not in lost):
+        whys.append("unfinished")
+    return ", ".join(whys) or "one seed"
 
 
 def _whole(results: Results) -> bool:

@@ -1,11 +1,14 @@
-"""The study files that `auto` writes, and what its pilot told. Text a person can read, change and run."""
+"""The study files that `auto` writes, text a person can read, change and run; and what records tell it.
+
+A pilot tells rates, spread and prices; any study that was begun tells what is left of it.
+"""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +16,9 @@ import yaml
 
 from rankwise import execution, selection, sizing
 from rankwise.errors import RankwiseError
-from rankwise.grid import Study, run_config
-from rankwise.run import probe_work, work_of
+from rankwise.grid import FIRST_TUNING_SEED, Grid, Planned, Study, grid, run_config
+from rankwise.run import TRAIN_COST, probe_work, work_of
+from rankwise.store import read_json
 from rankwise.tables import Results
 
 MARGIN = 0.05
@@ -25,10 +29,11 @@ BASELINE = 16
 def pilot(model: str, data: str, counts: Mapping[str, int], max_length: int) -> str:
     """Return the pilot's study file: the rates of the ladder's two ends, on validation rows."""
     arms = {f"uniform@r{rank}": {"strategy": "uniform", "budget": f"r={rank}"} for rank in sizing.PILOT_RANKS}
+    calibration = min(sizing.CALIBRATION, counts["train"])
     study = {
         "name": "pilot",
         "model": model,
-        "data": {"source": data, **counts, "max_length": max_length, "calibration": min(32, counts["train"])},
+        "data": {"source": data, **counts, "max_length": max_length, "calibration": calibration},
         "targets": "all",
         "scale": {"rule": "constant", "value": 2},
         "train": {
@@ -138,9 +143,7 @@ def price(study: Study, results: Results, tried: int) -> sizing.Price:
         for run in results.index["runs"]
         if run["role"] == "tuning" and (record := results.records.get(run["run_id"]))
     ]
-    kept = execution.kept(study.store)
-    processes = kept.processes if kept else 1
-    tuning = statistics.fmean(took) / processes
+    tuning = statistics.fmean(took) / processes(study)
     arm = next(iter(study.config.arms))
     runs = [run_config(study, arm, role, 0, 1e-3) for role in ("tuning", "reporting")]
     work = [work_of(run, study.context) for run in runs]
@@ -151,6 +154,69 @@ def price(study: Study, results: Results, tried: int) -> sizing.Price:
         probe=tuning * probe_work(calibration, study.context) / work[0],
         rates=tried,
     )
+
+
+def processes(study: Study) -> int:
+    """Return how many processes share the study's runs, as far as that was chosen; else 1."""
+    kept = execution.kept(study.store)
+    return kept.processes if kept else 1
+
+
+# --- what an opened study still takes -------------------------------------------------------------
+
+
+def left(study: Study) -> list[int]:
+    """Return the work of every run that a study still has to do (`run.work_of`), as far as can be foreseen.
+
+    Runs that another study of its folder has are taken over and cost nothing. While rates are tuned, one more
+    than is declared is expected, as in `sizing.Price`.
+    """
+    now = grid(study)
+    runs = [p for p in [*now.runs, *_one_more_rate(study, now)] if _record(study, p.run_id) is None]
+    return execution.works(study, replace(now, runs=runs))
+
+
+def _one_more_rate(study: Study, now: Grid) -> list[Planned]:
+    """Return the runs of the rate that tuning may yet add; none where it has ended or has added one."""
+    declared, seeds = study.config.train.learning_rates, study.config.seeds.tuning
+    tuned = [arm for arm, rate in now.rates.items() if rate["how"] == "tuned"]
+    if not now.unfinished or len(now.rates[tuned[0]]["grid"]) > len(declared):
+        return []
+    rate = selection.half_decade(max(declared), +1)
+    return [
+        Planned(arm, "tuning", seed, rate, run_config(study, arm, "tuning", seed, rate))
+        for arm in tuned
+        for seed in range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + seeds)
+    ]
+
+
+def _record(study: Study, run_id: str) -> dict[str, Any] | None:
+    """Return a run's record from this study or another of its folder, which has the same one."""
+    for path in sorted(study.store.results.glob(f"*/runs/{run_id}/result.json")):
+        return read_json(path, ("status", "run_info"), f"Delete the folder {path.parent} to run it again.")
+    return None
+
+
+def speed(study: Study) -> float | None:
+    """Return trained tokens per second of all processes, by the records' own times; None without records.
+
+    The median over runs that ended well: a machine that slept through one, or a run that was resumed and
+    knows but its last part, would bend a mean.
+    """
+    found = []
+    for planned in grid(study).runs:
+        record = None if planned.role == "untouched" else _record(study, planned.run_id)
+        if record is not None and record["status"] == "done":
+            found.append(work_of(planned.run, study.context) / TRAIN_COST / record["run_info"]["total_time"])
+    return processes(study) * statistics.median(found) if found else None
+
+
+def duration(study: Study, works: Sequence[int], tokens_per_second: float) -> float:
+    """Return the seconds of these runs on the study's processes, which together train at this speed."""
+    return execution.seconds(works, processes(study), tokens_per_second)
+
+
+# --- what it cannot show --------------------------------------------------------------------------
 
 
 def limits(design: sizing.Design, rows: int, seconds: float) -> list[str]:

@@ -3,7 +3,8 @@
 Small work between the matrix products does not gain from threads, so several processes with few threads each
 often do more in an hour than one with all. Which is faster is measured. Threads decide a run's last bits and
 are part of its name, so the choice is made once per study and kept in `results/<study>/execution.json`;
-processes are not, and follow from the machine at hand each time.
+processes are not, and follow from the machine at hand each time. The most that worked at a time in any
+sitting stand there too, as `most_processes`, for whoever compares times.
 """
 
 from __future__ import annotations
@@ -47,13 +48,17 @@ REMEDY = "Delete it to have processes and threads chosen anew; finished runs kee
 
 @dataclass(frozen=True)
 class Choice:
-    """Processes and threads, the reason in words, what was measured, and the study that it was made for."""
+    """Processes and threads, the reason in words, what was measured, and the study that it was made for.
+
+    `most_processes` is how many worked at a time in any sitting: runs that share a machine take longer.
+    """
 
     processes: int
     threads: int
     why: str
     measured: tuple[Speed, ...] = ()
     study: str = ""
+    most_processes: int = 0
 
     @property
     def compared(self) -> bool:
@@ -79,7 +84,8 @@ def kept(store: Store) -> Choice | None:
     found = read_json(path, ("processes", "threads", "why", "measured", "study"), REMEDY)
     try:
         measured = tuple(Speed(**speed) for speed in found["measured"])
-        counts = [found["processes"], found["threads"]]
+        most = found.get("most_processes", found["processes"])  # older files have the choice alone
+        counts = [found["processes"], found["threads"], most]
         counts += [count for speed in measured for count in (speed.processes, speed.threads)]
         if any(type(count) is not int or not 1 <= count <= 1024 for count in counts):
             raise TypeError("processes and threads are whole numbers from 1 to 1024")
@@ -87,13 +93,15 @@ def kept(store: Store) -> Choice | None:
             raise TypeError("a measured speed is a number above 0")
     except TypeError as error:
         raise RankwiseError(f"{path} is damaged: {error}. {REMEDY}") from None
-    return Choice(found["processes"], found["threads"], str(found["why"]), measured, str(found["study"]))
+    said = (str(found["why"]), measured, str(found["study"]))
+    return Choice(found["processes"], found["threads"], *said, most_processes=most)
 
 
 def keep(study: Study, choice: Choice) -> None:
     """Write the study's choice, with what was measured and on which machine."""
     about = {
         "processes": choice.processes,
+        "most_processes": choice.most_processes,
         "threads": choice.threads,
         "why": choice.why,
         "measured": [asdict(speed) for speed in choice.measured],
@@ -101,6 +109,12 @@ def keep(study: Study, choice: Choice) -> None:
         "machine": machine.describe(study.context.device, choice.threads),
     }
     write_json(study.store.folder / FILE, about)
+
+
+def keep_most(store: Store, processes: int) -> None:
+    """Change the most processes of any sitting in what is kept, and nothing else of it."""
+    path = store.folder / FILE
+    write_json(path, read_json(path, (), REMEDY) | {"most_processes": processes})
 
 
 def bound_threads(study: Study) -> int | None:

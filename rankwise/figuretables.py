@@ -61,6 +61,11 @@ def _variant(results: Results, arm: str) -> str:
     return "" if scale is None else f"scale {scale}"
 
 
+def failed_runs(results: Results, arm: str) -> int:
+    """Count the arm's failed reporting runs, which no mean holds."""
+    return sum(record["status"] == "failed" for record in results.of(arm).values())
+
+
 def loss_points(results: Results) -> list[LossPoint]:
     """Return each arm's mean loss with its 95 % t-interval over seeds, and which arms make the frontier.
 
@@ -69,8 +74,8 @@ def loss_points(results: Results) -> list[LossPoint]:
     """
     found = []
     for arm, config in results.config.arms.items():
-        records = results.of(arm)
-        done = [r["train_info"]["num_trainable_params"] for r in records.values() if r["status"] == "done"]
+        records = results.of(arm).values()
+        done = [r["train_info"]["num_trainable_params"] for r in records if r["status"] == "done"]
         losses = list(results.losses(arm).values())
         if not losses:
             continue
@@ -83,7 +88,7 @@ def loss_points(results: Results) -> list[LossPoint]:
                 loss=statistics.fmean(losses),
                 low=low,
                 high=high,
-                failed=len(records) - len(done),
+                failed=failed_runs(results, arm),
                 variant=_variant(results, arm),
             )
         )
@@ -136,7 +141,7 @@ def baseline_differences(results: Results) -> list[Difference]:
             continue
         values = differences(results, arm, baseline)
         paired = stats.paired(values) if len(values) > 1 else None
-        failed = sum(r["status"] == "failed" for r in results.of(arm).values())
+        failed = failed_runs(results, arm)
         words = f"{failed} run{'s' * (failed > 1)} failed" if failed else "not declared"
         words = words if values or failed else "no seed in common yet"
         found.append(
@@ -187,11 +192,27 @@ def curve_points(results: Results, arms: Sequence[str] | None = None, smooth: in
             for place, step in enumerate(losses):
                 window = list(losses.values())[max(0, place - smooth + 1) : place + 1]
                 steps[step].append(statistics.fmean(window))
-        strategy, told = strategy_of(results, arm), (_group(results, arm), _variant(results, arm))
+        strategy, shared = strategy_of(results, arm), _shared(results, arm)
         for step, values in sorted(steps.items()):
             mean = statistics.fmean(values)
-            found.append(SeriesPoint(arm, strategy, step, mean, *_range(values), *told))
+            found.append(SeriesPoint(arm, strategy, step, mean, *_range(values), **shared))
     return found
+
+
+def smoothed_curves(
+    results: Results, arms: Sequence[str] | None = None, steps: int = 5
+) -> tuple[list[SeriesPoint], dict[str, str]]:
+    """Return `curve_points` smoothed over so many steps, and the setting of the figure that says so."""
+    return curve_points(results, arms, smooth=steps), {"smoothing": f"mean of {steps} steps"}
+
+
+def _shared(results: Results, arm: str) -> dict[str, Any]:
+    """Return what an arm's points of a curve have in common."""
+    return {
+        "group": _group(results, arm),
+        "variant": _variant(results, arm),
+        "failed": failed_runs(results, arm),
+    }
 
 
 def _step_losses(results: Results, run_id: str) -> dict[int, float]:
@@ -232,8 +253,8 @@ def size_points(by_size: Mapping[int, Results]) -> list[SeriesPoint]:
         for arm, config in results.config.arms.items():
             losses = list(results.losses(arm).values())
             if losses:
-                mean, told = statistics.fmean(losses), (_group(results, arm), _variant(results, arm))
-                found.append(SeriesPoint(arm, config.strategy, rows, mean, *t_interval(losses), *told))
+                mean, ends = statistics.fmean(losses), t_interval(losses)
+                found.append(SeriesPoint(arm, config.strategy, rows, mean, *ends, **_shared(results, arm)))
     return found
 
 
@@ -250,15 +271,16 @@ def use_rows(results: Results, arms: Sequence[str] | None = None) -> list[RankUs
             if path.exists():
                 for row in results.store.table(record["run_id"], path.name).to_pylist():
                     used[row["module"], row["rank"]].append(row["stable_rank"])
-        strategy = strategy_of(results, arm)
-        found += [RankUse(arm, strategy, m, r, statistics.fmean(v)) for (m, r), v in used.items()]
+        strategy, failed = strategy_of(results, arm), failed_runs(results, arm)
+        found += [RankUse(arm, strategy, m, r, statistics.fmean(v), failed) for (m, r), v in used.items()]
     return found
 
 
 def cost_rows(results: Results) -> list[Cost]:
-    """Return what a finished run of each arm took: mean seconds over seeds, and the highest peak of memory.
+    """Return what a finished run of each arm took: median seconds over seeds, and the highest peak of memory.
 
-    The peak is the device's where the record has it, else the process's, the model included.
+    The median, since a run that was slowed by other work says nothing of its arm. The peak is the device's
+    where the record has it, else the process's, the model included.
     """
     found = []
     for arm, config in results.config.arms.items():
@@ -270,10 +292,11 @@ def cost_rows(results: Results) -> list[Cost]:
             Cost(
                 arm=arm,
                 strategy=config.strategy,
-                probe_seconds=statistics.fmean(probes),
-                train_seconds=statistics.fmean(d["train_time"] for d in done),
-                evaluation_seconds=statistics.fmean(d["evaluation_time"] for d in done),
+                probe_seconds=statistics.median(probes),
+                train_seconds=statistics.median(d["train_time"] for d in done),
+                evaluation_seconds=statistics.median(d["evaluation_time"] for d in done),
                 peak_bytes=max(d.get("device_peak_bytes", d["process_peak_bytes"]) for d in done),
+                failed=failed_runs(results, arm),
             )
         )
     return found

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rankwise.power import seeds_for_noninferior
+from rankwise.power import RESERVE, seeds_for_noninferior
 from rankwise.stats import NonInferior, noninferior
 
 
@@ -66,14 +66,16 @@ class Settling:
     Attributes:
         rung: the plan's place.
         more: further seeds for 80 % power (or what was asked) in the plan's hardest comparison, should its
-            true difference be the observed one; None where that lies at the margin or beyond. The walk
-            stopped *because* the plan looked bad, so this leans to the high side.
-        more_if_equal: the same, should there be no true difference; 0 where the seeds would have done.
+            true difference be the observed one; None where that lies at the margin or beyond, or so near
+            that no number of seeds that can be run will do. The walk stopped *because* the plan looked bad,
+            so this leans to the high side.
+        more_if_equal: the same, should there be no true difference; 0 where the seeds would have done, None
+            where the margin is too small for any number of seeds that can be run.
     """
 
     rung: int
     more: int | None
-    more_if_equal: int
+    more_if_equal: int | None
 
 
 @dataclass(frozen=True)
@@ -109,10 +111,10 @@ class Decision:
             return None
         open_steps = [self.failed] if self.chosen is not None else list(self.steps)
         found = [_settling(step, self.margin, self.seeds, power) for step in open_steps]
-        return min(found, key=lambda s: (s.more is None, s.more or 0, s.more_if_equal))
+        return min(found, key=lambda s: (s.more is None, s.more or 0, s.more_if_equal or 0))
 
 
-def decide(losses: np.ndarray, margin: float, alpha: float = 0.05, reserve: float = 0.2) -> Decision:
+def decide(losses: np.ndarray, margin: float, alpha: float = 0.05, reserve: float = RESERVE) -> Decision:
     """Choose the cheapest plan that is non-inferior to every plan of its ladder.
 
     Args:
@@ -152,7 +154,7 @@ def decide(losses: np.ndarray, margin: float, alpha: float = 0.05, reserve: floa
 
 
 def decide_together(
-    ladders: Mapping[str, np.ndarray], margin: float, alpha: float = 0.05, reserve: float = 0.2
+    ladders: Mapping[str, np.ndarray], margin: float, alpha: float = 0.05, reserve: float = RESERVE
 ) -> dict[str, Decision]:
     """Choose in each of several ladders, at alpha shared equally, so that alpha holds for all of them.
 
@@ -174,9 +176,13 @@ def _step(x: np.ndarray, rung: int, margin: float, level: float) -> Step:
 def _settling(step: Step, margin: float, seeds: int, power: float) -> Settling:
     needed = [_needed(test, margin, test.mean, step.level, power) for test in step.tests]
     equal = [_needed(test, margin, 0.0, step.level, power) for test in step.tests]
+    return Settling(step.rung, _most(needed, seeds), _most(equal, seeds))
+
+
+def _most(needed: Sequence[int | None], seeds: int) -> int | None:
+    """Return how many seeds more the hardest comparison takes; None where some takes more than can be run."""
     known = [n for n in needed if n is not None]
-    more = max(known) - seeds if len(known) == len(needed) else None
-    return Settling(step.rung, more, max(0, max(n for n in equal if n is not None) - seeds))
+    return max(0, max(known) - seeds) if len(known) == len(needed) else None
 
 
 def _needed(test: NonInferior, margin: float, difference: float, level: float, power: float) -> int | None:
@@ -217,10 +223,11 @@ def _failure(step: Step, names: Sequence[str]) -> str:
 def _outlook(decision: Decision, names: Sequence[str]) -> str:
     found = decision.settling()
     assert found is not None  # there was a failure
-    name = names[found.rung]
+    name, had = names[found.rung], decision.seeds
+    if found.more_if_equal is None:
+        return f"A margin of {decision.margin:.2g} is too small for any number of seeds to show {name}."
     if found.more is None:
         return f"{name} looks worse by the margin or more: more seeds are not expected to change that."
-    had = decision.seeds
     equal = f", {had + found.more_if_equal} if it is truly no different" if found.more_if_equal else ""
     return (
         f"A new study of about {had + found.more} seeds would settle {name} (an estimate from the spread of "

@@ -14,6 +14,8 @@ from scipy.special import chdtri, ndtr, stdtrit
 
 from rankwise.stats import chance_below, detectable_effect, effect_power
 
+RESERVE = 0.2
+"""Share of a ladder's alpha that is kept for the plans below its largest (see `ladder`)."""
 MOST_SEEDS = 10**7
 """Searches for a number of seeds end here and answer None."""
 

@@ -76,7 +76,8 @@ def _ladder_result(
     results: Results, name: str, arms: Sequence[str], margin: float | None, level: float
 ) -> LadderResult:
     counts = {arm: parameters(results, arm) for arm in arms}
-    order = sorted(arms, key=lambda arm: counts[arm] or 0)  # stable: equal counts keep the declared order
+    known = None not in counts.values()  # else as declared: an arm without a run is not the smallest
+    order = sorted(arms, key=lambda arm: counts[arm] or 0) if known else list(arms)
     faults = tuple(_faults(results, order, margin))
     decision = None
     if not faults and margin is not None:
@@ -126,6 +127,7 @@ def _rung(results: Results, order: Sequence[str], place: int, decision: Decision
         losses=losses,
         loss=statistics.fmean(losses) if losses else None,
         difference=statistics.fmean(paired) if paired else None,
+        common=len(paired),
     )
     steps = () if decision is None else decision.steps
     step = next((step for step in steps if step.rung == place), None)
@@ -159,8 +161,10 @@ def _cautions(results: Results, found: Sequence[LadderResult]) -> list[str]:
     for arm in dict.fromkeys(one.chosen for one in found if one.chosen):
         costs = [_probe_seconds(record) for record in done(results, arm).values()]
         if any(costs):
-            mean = statistics.fmean(costs)
-            lines.append(f"The plan of {arm} takes a probe of {mean:.1f} s, not part of its training time.")
+            typical = statistics.median(costs)
+            lines.append(
+                f"The plan of {arm} takes a probe of {typical:.1f} s, not part of its training time."
+            )
     return [*lines, *timing_cautions(results, arms), *results.index["resolved"]["notices"]]
 
 

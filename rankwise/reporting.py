@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from rankwise import datasizes, figures, figuretables, rows, sources
 from rankwise.errors import RankwiseError
 from rankwise.observer import Observer
-from rankwise.recommend import recommend
 from rankwise.report import export_tables, write_report
 from rankwise.store import Store
 from rankwise.studyfile import StudyFile, read_study
@@ -18,6 +17,8 @@ from rankwise.tables import Results
 
 if TYPE_CHECKING:
     from rankwise.grid import Grid, Planned
+
+Drawn = tuple[Callable[..., Any] | tuple[Callable[..., Any], ...], Any, dict[str, Any]]
 
 MOST_ARMS = 12
 """Pictures with a line per arm name no more than these: the study's first, the baseline among them."""
@@ -60,19 +61,15 @@ def write_all(
         folder / "report.html",
         data_text=_texts(file) if text else None,
         by_size=by_size or None,
-        verdict=verdict(found, by_size),
+        settled=datasizes.sentences(by_size, file.config.train_examples) if by_size else (),
     )
     lines = [f"report: {page}" + (" (shows the data's text: for your own eyes)" if text else "")]
     lines.append(f"tables: {len(export_tables(found, folder / 'tables'))} files in {folder / 'tables'}/")
     if pictures:
-        lines.append(f"figures: {_figures(found, by_size, folder / 'figures')} in {folder / 'figures'}/")
+        drawn, left_out = _figures(found, by_size, folder / "figures")
+        lines.append(f"figures: {', '.join(drawn) or 'none yet'} in {folder / 'figures'}/")
+        lines += [f"left out: {what}" for what in left_out]
     return lines
-
-
-def verdict(results: Results, by_size: Mapping[int, Results]) -> list[str]:
-    """Return the sentences that a report opens with, where the study asks for a recommendation or a curve."""
-    lines = recommend(results).sentences() if results.config.ladders else []
-    return lines + (datasizes.told(by_size) if by_size else [])
 
 
 def _texts(file: StudyFile) -> dict[str, tuple[str, str]]:
@@ -90,36 +87,49 @@ def _shown(row: rows.Row) -> tuple[str, str]:
     return "\n\n".join(filter(None, (row.prompt, row.context))), row.response
 
 
-def _figures(results: Results, by_size: Mapping[int, Results], folder: Path) -> str:
-    """Write every figure that the records have rows for; return their names."""
+def _figures(results: Results, by_size: Mapping[int, Results], folder: Path) -> tuple[list[str], list[str]]:
+    """Write every figure that the records have rows for; return their names, and which could not be drawn."""
     folder.mkdir(parents=True, exist_ok=True)
-    few = _few(results)
-    wanted: dict[str, tuple[Callable[..., Any] | tuple[Callable[..., Any], ...], Any]] = {
-        "loss_against_parameters": (figures.loss_against_parameters, figuretables.loss_points(results)),
-        "paired_differences": (figures.paired_differences, _differences(results)),
-        "learning_rates": (
-            figures.learning_rates,
-            [p for p in figuretables.rate_points(results) if p.arm in few],
-        ),
-        "training_curves": (figures.training_curves, figuretables.curve_points(results, few, smooth=5)),
-        "rank_use": (figures.rank_use, figuretables.use_rows(results, few)),
-        "time_and_memory": ((figures.times, figures.memory), figuretables.cost_rows(results)),
-        "data_sizes": (figures.data_size, figuretables.size_points(by_size)),
-    }
-    for name, (draw, drawn) in wanted.items():
+    few, named = _few(results), []
+    for name, (draw, drawn, settings) in _wanted(results, by_size, few).items():
         if drawn:
-            figures.save(figures.picture(draw, drawn), folder / name)
+            figures.save(figures.picture(draw, drawn, **settings), folder / name)
+            named.append(name.replace("_", " "))
     planned = [(arm, results.plans(arm)[0]) for arm in few if results.plans(arm)]
     for arm, plan in planned:
         picture = figures.picture(figures.rank_heatmap, figuretables.heat_cells(plan))
         figures.save(picture, folder / f"ranks-{_file_name(arm)}")
-    pairs = _pairs(results)
+    examples, left_out = _examples(results, folder)
+    named += ["ranks by arm"] * bool(planned) + ["gains and losses by example"] * bool(examples)
+    return named, left_out
+
+
+def _wanted(results: Results, by_size: Mapping[int, Results], few: list[str]) -> dict[str, Drawn]:
+    """Return the study's figures by name, with what each is drawn from and its settings."""
+    rates = [point for point in figuretables.rate_points(results) if point.arm in few]
+    return {
+        "loss_against_parameters": (figures.loss_against_parameters, figuretables.loss_points(results), {}),
+        "paired_differences": (figures.paired_differences, _differences(results), {}),
+        "learning_rates": (figures.learning_rates, rates, {}),
+        "training_curves": (figures.training_curves, *figuretables.smoothed_curves(results, few)),
+        "rank_use": (figures.rank_use, figuretables.use_rows(results, few), {}),
+        "time_and_memory": ((figures.times, figures.memory), figuretables.cost_rows(results), {}),
+        "data_sizes": (figures.data_size, figuretables.size_points(by_size), {}),
+    }
+
+
+def _examples(results: Results, folder: Path) -> tuple[int, list[str]]:
+    """Write the gains and losses by example; return how many, and which could not be drawn and why."""
+    pairs, left_out = _pairs(results), []
     for arm, other in pairs:
-        picture = figures.picture(figures.example_differences, figuretables.example_rows(results, arm, other))
+        try:
+            rows = figuretables.example_rows(results, arm, other)
+        except RankwiseError as error:  # rows that are gone cost this picture alone, as on the page
+            left_out.append(f"gains and losses of {arm} against {other}: {error}")
+            continue
+        picture = figures.picture(figures.example_differences, rows)
         figures.save(picture, folder / f"examples-{_file_name(arm)}-{_file_name(other)}")
-    named = [name.replace("_", " ") for name, (_, drawn) in wanted.items() if drawn]
-    named += ["ranks by arm"] * bool(planned) + ["gains and losses by example"] * bool(pairs)
-    return ", ".join(named) or "none yet"
+    return len(pairs) - len(left_out), left_out
 
 
 def _pairs(results: Results) -> list[tuple[str, str]]:
@@ -164,7 +174,7 @@ class LivePage(Observer):
         began = time.monotonic()
         try:
             results = Results(self.store)
-            write_report(results, self.page, verdict=verdict(results, {}))
+            write_report(results, self.page)
         except (RankwiseError, OSError, ValueError, KeyError) as error:  # records that a person is editing
             self.inner.note(f"the report could not be written: {error}")
         self.next = time.monotonic() + 20 * (time.monotonic() - began)

@@ -19,10 +19,11 @@ class Savings:
         arm, against: which two.
         parameters: ratio of the mean trained parameters.
         fewer: parameters, the other arm's minus this one's.
-        seconds: of training; the mean over seeds of the paired ratio, as with the next two.
+        seconds: of training; the median over seeds of the paired ratio, as other work may slow single runs.
         seconds_range: the lowest and the highest of those ratios.
-        peak: of memory: the device's where recorded, else the process's, the model included.
-        file: bytes of the saved adapter.
+        peak: of memory, the mean of the ratios: the device's where recorded, else the process's, the model
+            included.
+        file: bytes of the saved adapter, likewise.
     """
 
     arm: str
@@ -62,7 +63,7 @@ def savings_of(results: Results, arm: str, against: str) -> Savings | None:
         against=against,
         parameters=own / other,
         fewer=round(other - own),
-        seconds=_mean(seconds),
+        seconds=statistics.median(seconds) if seconds else None,
         seconds_range=(min(seconds), max(seconds)) if seconds else None,
         peak=_mean(_ratios(pairs, "device_peak_bytes") or _ratios(pairs, "process_peak_bytes")),
         file=_mean(_ratios(pairs, "file_size")),
@@ -102,11 +103,12 @@ def timing_cautions(results: Results, arms: Sequence[str]) -> list[str]:
         )
     path = results.store.folder / "execution.json"
     remedy = "Delete it to have processes and threads chosen anew."
-    processes = read_json(path, ("processes",), remedy)["processes"] if path.exists() else 1
+    found = read_json(path, ("processes",), remedy) if path.exists() else {"processes": 1}
+    processes = found.get("most_processes", found["processes"])  # of any sitting; older files have a choice
     if processes > 1:
         lines.append(
-            f"{processes} runs at a time shared this machine and slowed each other: times are rough, only "
-            "their ratios mean something."
+            f"Up to {processes} runs at a time shared this machine and slowed each other: times, and what is "
+            "saved of them, are rough."
         )
     return lines
 

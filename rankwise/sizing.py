@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from rankwise.config import SCREENING_BELOW
@@ -25,6 +26,15 @@ SLACK = 0.85
 
 LEAST = {"train": 16, "validation": 8, "test": 24, "reserved": 0}
 """Rows, of the smallest study there is."""
+
+CALIBRATION = 32
+"""Most rows that a probe looks at."""
+
+TESTED = 1.25
+"""Test rows for each training row, where there are as many."""
+
+SCORING = 1 / 3
+"""Time of a scored token, in trained ones: it goes forward alone, and back takes twice as long."""
 
 ALPHA = 0.05
 SIMULATED = 400
@@ -57,12 +67,14 @@ class Price:
     Attributes:
         tuning, reporting: per run.
         probe: per seed, for the plans that follow the gradients.
+        untouched: scoring the model as it is, once, in the pilot.
         rates: tried for each arm.
     """
 
     tuning: float
     reporting: float
     probe: float = 0.0
+    untouched: float = 0.0
     rates: int = len(PILOT_RATES) + 1
 
 
@@ -128,13 +140,13 @@ def rows_for(seconds: float, tokens_per_second: float, tokens_per_row: float, us
     """
     reserved = 250 if usable >= 800 else 0
     left = usable - reserved
-    # a reporting run trains on its rows and scores 1.25 times as many at a third of the cost
-    affordable = 0.75 * seconds / runs_for(seconds) * tokens_per_second / tokens_per_row / (1 + 1.25 / 3)
+    a_row = run_seconds(1, TESTED, tokens_per_row, tokens_per_second)  # of a reporting run, the longer kind
+    affordable = 0.75 * seconds / runs_for(seconds) / a_row
     train = int(max(LEAST["train"], min(affordable, 0.5 * left)))
     found = {
         "train": train,
         "validation": max(LEAST["validation"], min(train // 2, left // 8)),
-        "test": max(LEAST["test"], min(int(1.25 * train), left // 4)),
+        "test": max(LEAST["test"], min(int(TESTED * train), left // 4)),
         "reserved": reserved,
     }
     found["train"] = max(LEAST["train"], train - max(0, sum(found.values()) - usable))
@@ -144,6 +156,41 @@ def rows_for(seconds: float, tokens_per_second: float, tokens_per_row: float, us
             f"{usable} can be used."
         )
     return found
+
+
+def run_seconds(train: float, scored: float, tokens_per_row: float, tokens_per_second: float) -> float:
+    """Return what a run takes that trains on some rows, once, and scores others.
+
+    Args:
+        train: rows.
+        scored: rows.
+        tokens_per_row: mean.
+        tokens_per_second: that training takes on.
+    """
+    return (train + SCORING * scored) * tokens_per_row / tokens_per_second
+
+
+def price_of(rows: Mapping[str, int], tokens_per_row: float, tokens_per_second: float) -> Price:
+    """Return what runs on these rows (see `rows_for`) take at a speed that was measured.
+
+    Tuning runs score the validation rows, reporting runs the test rows.
+    """
+
+    def seconds(train: int, scored: int) -> float:
+        return run_seconds(train, scored, tokens_per_row, tokens_per_second)
+
+    return Price(
+        tuning=seconds(rows["train"], rows["validation"]),
+        reporting=seconds(rows["train"], rows["test"]),
+        probe=seconds(min(CALIBRATION, rows["train"]), 0),
+        untouched=seconds(0, rows["validation"] + rows["test"]),
+    )
+
+
+def pilot_takes(price: Price) -> tuple[int, float]:
+    """Return how many runs a whole pilot is expected to have, and its seconds."""
+    tuning = len(PILOT_RANKS) * price.rates * PILOT_SEEDS
+    return 1 + tuning, price.untouched + tuning * price.tuning
 
 
 def choose(seconds: float, price: Price) -> Design:

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from rankwise import stats
 from rankwise.config import SCREENING_BELOW, StudyConfig
 from rankwise.errors import RankwiseError
-from rankwise.power import design_answers
+from rankwise.power import RESERVE, design_answers, provable_margin
 from rankwise.store import Store, read_json
 
 SAME = 1.05
@@ -51,6 +51,11 @@ class ArmRow:
     rank_used: float | None = None  # share of the allotted units that hold 90 % of the update's energy
     seconds_to_baseline: float | None = None  # of training, until its loss is what the baseline's ends with
     adapter_bytes: int | None = None
+
+    @property
+    def other_budget(self) -> bool:
+        """Whether it trained other parameters than the baseline's budget; not known before its first run."""
+        return self.parameters is not None and not self.equal_budget
 
 
 class Results:
@@ -273,7 +278,7 @@ def captions(results: Results) -> list[str]:
     missing = sum(row.wanted - row.done - row.failed for row in rows if row.rate is not None)
     if missing or results.index["tuning_unfinished"]:
         lines.append(f"unfinished: {missing} reporting runs missing" + _tuning_note(results))
-    if any(not row.equal_budget for row in rows):
+    if any(row.other_budget for row in rows):
         lines.append("* other parameters than the baseline's budget: outside the equal-budget comparison")
     if config.tuned:
         lines += [f"{row.arm}: rate {row.rate_how}" for row in rows if row.rate_how != "tuned"]
@@ -321,10 +326,29 @@ def design_warnings(config: StudyConfig) -> list[str]:
             "learning rates are declared, not tuned: a difference may be the rate's, not the ranks'."
         )
     for name, arms in config.ladders.items():
+        found.append(_ladder_warning(name, len(arms), seeds, 1 / len(config.ladders)))
+    if config.confirmatory and not config.seeds.first:
         found.append(
-            f"ladder {name!r} of {len(arms)} plans is decided at {5 / len(config.ladders):.2g} %: the "
-            "cheapest that is shown to lose less than the margin against each of the others."
+            "seeds from 0 on are those that other studies begin with: give seeds.first, so that a "
+            "confirmatory study has draws of its own."
         )
     if not config.contrasts and not config.ladders:
         found.append("no contrasts are declared: the study describes and decides nothing.")
     return found
+
+
+def _ladder_warning(name: str, plans: int, seeds: int, share: float) -> str:
+    """Return how a ladder is decided, and what one of its comparisons can show: less than a pair's alone."""
+    text = (
+        f"ladder {name!r} of {plans} plans is decided at {5 * share:.2g} %: the cheapest that is shown to "
+        "lose less than the margin against each of the others"
+    )
+    if seeds < SCREENING_BELOW:
+        return f"{text}."
+    level = 0.05 * share * (1 - RESERVE)
+    sds = provable_margin(seeds, alpha=level, two_sided=False)
+    return (
+        f"{text}. Of its largest plan, tested at {100 * level:.2g} %, one such comparison is shown from "
+        f"margins of {sds:.2f} SDs of the seed-to-seed differences (80 % power), all {plans - 1} together "
+        "from wider ones."
+    )

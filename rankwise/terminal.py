@@ -56,7 +56,7 @@ def span(ends: tuple[int, int] | None) -> str:
 
 
 COLUMNS: dict[str, Callable[[ArmRow], str]] = {
-    "arm": lambda row: row.arm + ("" if row.equal_budget else " *"),
+    "arm": lambda row: row.arm + (" *" if row.other_budget else ""),
     "ranks": lambda row: span(row.ranks),
     "scale": lambda row: row.scale,
     "parameters": lambda row: span(row.parameters),
@@ -127,8 +127,9 @@ def contrast_table(results: Results) -> Table:
     for place in range(len(rows)):
         table.add_row(*(escape(found[place]) for found in cells.values()))
     lines = [f"{row.arm} against {row.against}: {row.verdict}" for row in rows]
-    if rows and rows[0].margin is not None:
-        lines.append(f"margin of equivalence {rows[0].margin:.4f}; p flip: the exact sign-flip test")
+    if rows and (margin := rows[0].margin) is not None:
+        said = f"margin of equivalence {margin:.4f}" if margin > 0 else "no margin, as nothing is gained"
+        lines.append(f"{said}; p flip: the exact sign-flip test")
         if "bootstrap" in cells:
             lines.append("the paired t-interval decides; bootstrap: 95 %, of new seeds and new test rows")
     table.caption = "\n".join(map(escape, lines))

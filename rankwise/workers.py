@@ -289,13 +289,19 @@ def run_together(
 
 
 def settle(study: Study, asked: int | None, crew: Crew) -> execution.Choice:
-    """Return the choice for this sitting, and keep it with the study where it is a new one."""
+    """Return the choice for this sitting, and keep it with the study where it is a new one.
+
+    Kept in any case: the most processes of any sitting, as times tell less where runs shared the machine.
+    """
     before = execution.kept(study.store)
     choice = execution.choose(study, asked, crew.measure)
     if choice.processes > 1 or choice.compared:
         crew.observer.note(str(choice))
-    known = before is not None and before.threads == choice.threads
-    if before is None or not known or len(choice.measured) > len(before.measured):
-        execution.keep(study, choice)
     pending = len(grid(execution.with_threads(study, choice.threads)).of(study.only).pending(study.store))
-    return replace(choice, processes=max(1, min(choice.processes, pending)))
+    processes = max(1, min(choice.processes, pending))
+    most = processes if before is None else max(processes, before.most_processes)
+    if before is None or before.threads != choice.threads or len(choice.measured) > len(before.measured):
+        execution.keep(study, replace(choice, most_processes=most))
+    elif most > before.most_processes:
+        execution.keep_most(study.store, most)
+    return replace(choice, processes=processes)

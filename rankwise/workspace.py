@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -82,7 +84,7 @@ def contents(name: str) -> dict[str, str]:
         keep_trailing_newline=True,
         autoescape=False,
     )
-    given = {"study": STUDY, "places": PLACES}
+    given = {"study": STUDY, "places": PLACES, "program": program()}
     files = {
         path: environment.get_template(source).render(given)
         if source.endswith(".j2")
@@ -90,6 +92,15 @@ def contents(name: str) -> dict[str, str]:
         for path, source in FILES.items()
     }
     return files | {f"{place}/README.md": f"{line}\n" for place, line in PLACES.items()}
+
+
+def program() -> str:
+    """Return what a Makefile calls: `rankwise` where that is found by name, else the one that is running."""
+    own, found = Path(sys.executable).with_name("rankwise"), shutil.which("rankwise")
+    if found and (not own.exists() or Path(found).samefile(own)):
+        return "rankwise"
+    words = [str(own)] if own.exists() else [sys.executable, "-m", "rankwise"]
+    return shlex.join(words).replace("$", "$$").replace("#", r"\#")
 
 
 def _need_empty(folder: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -195,6 +196,34 @@ def test_differences_are_the_rows_and_undecided_ones_are_hollow():
     assert {"gone", "no verdict: a run failed"} <= set(words(figure))
     (band,) = [p for p in figure.axes[0].patches if p.get_width() == pytest.approx(0.03)]
     assert (band.get_x(), band.get_x() + band.get_width()) == pytest.approx((-0.015, 0.015))
+
+
+def test_a_margin_of_nothing_is_no_band():
+    """The baseline ends above the untouched model: its share of what it gains is below 0."""
+    rows = [Difference("a", "b", "eva", 0.1, 0.05, 0.15, -0.01, "no difference shown", True)]
+    figure = figures.picture(figures.paired_differences, rows)
+    assert not figure.axes[0].patches
+    said = words(figure)
+    assert "no margin: the baseline gains nothing" in said and "margin of equivalence" not in said
+    unknown = figures.picture(figures.paired_differences, [replace(rows[0], margin=None)])
+    assert not unknown.axes[0].patches and not any("margin" in text for text in words(unknown))
+
+
+@pytest.mark.parametrize("width", ["single", "double"])
+def test_failed_runs_are_told_beside_the_arm(width: Any):
+    costs = [Cost(name, "eva", 1.0, 2.0, 3.0, 2**30, i) for i, name in enumerate(("whole", "long" * 20))]
+    figure = figures.picture((figures.times, figures.memory), costs, width)
+    figure.draw_without_rendering()
+    whole, lost = (tick.get_text() for tick in figure.axes[0].get_yticklabels())
+    assert whole == "whole" and lost.startswith("longlong") and lost.endswith("(1 failed)")
+    curve = [SeriesPoint("a", "eva", x, 2.0 - x / 9, failed=2) for x in range(3)]
+    use = [RankUse("a", "eva", "m", 4, 2.5, failed=2)]
+    for draw, rows in ((figures.training_curves, curve), (figures.rank_use, use)):
+        assert "a (2 failed)" in words(figures.picture(draw, rows, width))
+    sizes = [SeriesPoint("a", "eva", x, 2.0, failed=int(x == 200)) for x in (100, 200)]
+    figure = figures.picture(figures.data_size, sizes, width)
+    (note,) = [text for text in figure.axes[0].texts if text.get_text() == "1 failed"]
+    assert note.xy == (200, 2.0) and "a" in words(figure)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("kind", ["curves", "sizes", "rates"])

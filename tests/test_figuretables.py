@@ -31,7 +31,9 @@ from rankwise.figuretables import (
     loss_points,
     rate_points,
     size_points,
+    smoothed_curves,
 )
+from rankwise.paper.pictures import PICTURES
 from rankwise.store import Store
 from rankwise.tables import Results
 from tests.test_figures import words
@@ -143,6 +145,9 @@ def test_curves_rates_costs_and_examples_come_from_the_records(results: Results)
     cost = cost_rows(results)[1]
     assert (cost.probe_seconds, cost.train_seconds, cost.evaluation_seconds) == (4.0, 12.5, 1.0)
     assert cost.peak_bytes == 2**30 + 5
+    run = next(run for run in results.index["runs"] if (run["arm"], run["seed"]) == ("spectral", 5))
+    results.records[run["run_id"]]["train_info"]["train_time"] *= 100  # by other work on the machine
+    assert cost_rows(results)[1].train_seconds == 12.5
 
     found = example_rows(results, "spectral", "uniform")
     pairs = [a - b for a, b in zip(losses, results.losses("uniform").values(), strict=True)]
@@ -156,6 +161,24 @@ def test_curves_rates_costs_and_examples_come_from_the_records(results: Results)
     assert [(point.x, point.mean) for point in sizes] == [
         (100, pytest.approx(statistics.fmean(losses))), (200, pytest.approx(statistics.fmean(losses))),
     ]  # fmt: skip
+
+
+def test_rows_of_means_count_the_runs_that_they_leave_out(results: Results):
+    for rows in (cost_rows(results), curve_points(results), size_points({200: results})):
+        assert {row.arm: row.failed for row in rows} == {"uniform": 0, "spectral": 0, "alpha": 1}
+
+
+def test_a_smoothed_curve_brings_the_words_that_say_so(results: Results):
+    for steps in (2, 5):
+        points, settings = smoothed_curves(results, ["spectral"], steps)
+        assert points == curve_points(results, ["spectral"], smooth=steps)
+        figure = figures.picture(figures.training_curves, points, **settings)
+        assert f"training loss (nats per token, mean of {steps} steps)" in words(figure)
+    draw, points, settings = PICTURES["curves"](results)  # of the paper
+    assert points[:6] == curve_points(results, ["uniform"], smooth=5)
+    assert "training loss (nats per token, mean of 5 steps)" in words(
+        figures.picture(draw, points, **settings)
+    )
 
 
 def test_heat_cells_give_mean_and_range_of_modules_that_share_a_place():

@@ -203,6 +203,14 @@ def test_a_plan_that_looks_bad_is_not_settled_by_seeds():
     assert "not expected to change" in reasons(found, ["a", "b", "c"])[-1]
 
 
+def test_a_margin_far_below_the_noise_is_told_and_no_crash():
+    found = decide(ladder(0.0, 0.0, 0.0, wiggle=1.0), MARGIN / 1e6)
+    settling = found.settling()
+    assert found.chosen is None and settling is not None
+    assert settling.more is None and settling.more_if_equal is None
+    assert "too small for any number of seeds" in reasons(found, ["a", "b", "c"])[-1]
+
+
 def test_where_nothing_passed_the_nearest_plan_is_told():
     losses = ladder(3.0, 0.3, 0.4, 2.0, wiggle=1.0)
     found = decide(losses, MARGIN)

@@ -223,6 +223,7 @@ def test_verdicts_are_those_of_the_contrasts(tmp_path: Path):
     for row in contrast_rows(results):
         assert row.paired and f"{row.paired.mean:+.4f}" in numbers and prose(row.verdict) in numbers
     assert "differs: lower loss" in numbers and "Differs: lower loss" in learnt
+    assert "- note: 2 of 20 rows are cut" in numbers
 
 
 @pytest.mark.parametrize("seeds", [0, 1, 3, 5])

@@ -160,6 +160,16 @@ def test_savings_are_those_worked_out_by_hand(tmp_path: Path):
     assert words in saved.text()
 
 
+def test_one_run_that_other_work_slowed_decides_no_saving_of_time(tmp_path: Path):
+    results = write(tmp_path, noise(dict.fromkeys(UNIFORM, 0.0)))
+    path = results.store.path("u1-3") / "result.json"
+    slow = json.loads(path.read_text())
+    slow["train_info"]["train_time"] *= 100
+    path.write_text(json.dumps(slow))
+    (saved,) = recommend(Results(results.store)).ladders[0].savings
+    assert saved.seconds == pytest.approx(0.625) and saved.seconds_range == pytest.approx((0.625, 62.5))
+
+
 def test_a_plan_that_loses_too_much_ends_the_walk_and_the_sentence_says_what_would_settle_it(tmp_path: Path):
     answer = recommend(write(tmp_path, noise({"u1": 0.6, "u2": 0, "u4": 0}, sd=0.6)))
     assert answer.chosen == "u2"
@@ -286,6 +296,23 @@ def test_incomplete_records_give_no_verdict(tmp_path: Path, change: Callable, wo
     assert "not tested" in shown(answer) and " yes " not in shown(answer)
 
 
+def test_what_is_unfinished_counts_common_seeds_and_keeps_the_largest(tmp_path: Path):
+    def fewer(index: dict[str, Any]) -> None:
+        for run in index["runs"]:
+            if run["arm"] == "u4" and run["seed"] > 4:
+                run["run_id"] = "not-yet"
+
+    def none(index: dict[str, Any]) -> None:
+        for run in index["runs"]:
+            if run["arm"] == "u4":
+                run["run_id"] = "not-yet"
+
+    answer = recommend(write(tmp_path / "fewer", equal(), change=fewer))
+    assert any("u1: mean loss" in line and "over 5 seeds" in line for line in answer.sentences())
+    answer = recommend(write(tmp_path / "none", equal(), change=none))
+    assert answer.ladders[0].arms == ["u1", "u2", "u4"], "an arm without a run is not the smallest"
+
+
 def test_unfinished_tuning_is_told(tmp_path: Path):
     def change(index: dict[str, Any]) -> None:
         index["tuning_unfinished"] = True
@@ -318,6 +345,7 @@ def test_a_baseline_that_gains_nothing_gives_no_margin(tmp_path: Path):
         not answer.decided
         and "u4 gains nothing over the model without an adapter (-0.1000)" in answer.sentence()
     )
+    assert "no margin" in shown(answer) and "margin -" not in shown(answer)
 
 
 def test_the_baseline_counts_also_where_it_is_no_plan_of_the_ladder(tmp_path: Path):

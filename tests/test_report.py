@@ -21,11 +21,14 @@ from rankwise.contrasts import contrast_rows
 from rankwise.errors import RankwiseError
 from rankwise.figures import LOOKS
 from rankwise.figures.rows import RankUse
+from rankwise.recommend import recommend
 from rankwise.report import export_tables, write_report
+from rankwise.report.columns import ladder_rows, tables
 from rankwise.report.details import row_differences
 from rankwise.report.marks import SYMBOLS
 from rankwise.report.opening import missing_runs, opening, state, warnings
 from rankwise.report.page import page
+from rankwise.report.pictures import pictures
 from rankwise.report.settings import study_yaml
 from rankwise.store import Store
 from rankwise.tables import Results, arm_rows
@@ -100,9 +103,75 @@ def test_it_opens_with_the_verdict_and_shows_the_tables(results: Results, read: 
     assert "rankwise study run study.yaml" in read.text and "train.step_examples" in read.text
 
 
-def test_a_given_verdict_comes_first(results: Results):
-    given = Reader(page(results, verdict=["Take <b>uniform</b>.", "It saves 40 %."]))
-    assert "Take <b>uniform</b>. It saves 40 %." in given.text and opening(results) not in given.text
+LADDERS = {"uniform": ["uniform", "spectral"], EVIL: ["spectral", TEX]}
+
+
+def paragraphs(text: str) -> list[str]:
+    """What a page opens with."""
+    block = text.split('<div class="verdict">')[1].split("</div>")[0]
+    return [Reader(part).text for part in block.split("</p>")[:-1]]
+
+
+def test_a_study_with_ladders_opens_with_a_sentence_for_each_question(tmp_path: Path):
+    made = made_up(tmp_path, ladders=LADDERS)
+    answer, text = recommend(made), page(made)
+    told = answer.sentences()
+    assert len(told) > 8
+    assert paragraphs(text) == [" ".join(told[0].split()), opening(made)]
+    read = Reader(text)
+    headings = [attrs["id"] for tag, attrs in read.elements if tag == "h2"]
+    assert headings[1:4] == ["result-title", "ladders-title", "pictures-title"]
+    links = [attrs["href"] for tag, attrs in read.elements if tag == "a"]
+    assert links.index("#result") < links.index("#ladders") < links.index("#pictures")
+    section = text.split('<section id="ladders"')[1].split("</section>")[0]
+    below = Reader(section).text
+    assert all(line in below for line in told[1:]) and told[0] not in below
+    for row in ladder_rows(answer):
+        shown = row.shown + (", the cheapest" if row.chosen else "")
+        assert f"{row.plan} {row.ladder} {shown} {row.parameters} {row.loss:.4f}" in below
+    assert f"The margin is {answer.margin:.4f}." in below and "<script" not in section
+    bare = page(made_up(tmp_path / "bare", ladders=LADDERS, contrasts=[]))
+    assert len(paragraphs(bare)) == 1  # that no contrast is declared is no answer where ladders are
+
+
+def test_where_the_order_settles_is_one_sentence_above_and_an_account_below(results: Results):
+    text = page(results, by_size={8: results}, settled=["Settles.", "<b>Counts</b>.", "Left out: 9 rows."])
+    assert paragraphs(text) == ["Settles.", opening(results)]
+    below = Reader(text.split('<section id="order"')[1].split("</section>")[0]).text
+    assert "<b>Counts</b>. Left out: 9 rows." in below and 'href="#order"' in text
+    assert 'id="order"' not in page(results) and 'id="ladders"' not in page(results)
+
+
+def test_every_table_of_means_tells_an_arms_failed_runs(tmp_path: Path):
+    made = made_up(tmp_path, failed={"spectral": 2})
+    drawn = {p.key: p for p in pictures(made, {8: made})}
+    for key in ("losses", "curves", "times", "memory", "use", "sizes"):
+        place = drawn[key].columns.index("failed runs")
+        assert {cells[0]: cells[place] for _, cells in drawn[key].table} == dict.fromkeys(LOSSES, "0") | {
+            "spectral": "1"
+        }
+    assert [line["label"] for line in drawn["times"].lines or ()][1] == "spectral (1 failed)"
+    assert all("1 run failed" in cells[-1] for place, cells in drawn["baseline"].table if place == 1)
+    costs = next(table for table in tables(made) if table.name == "costs")
+    place = [column.name for column in costs.columns].index("failed")
+    assert [row[place] for row in costs.rows] == [0, 1, 0, 0]
+    ladders = recommend(made_up(tmp_path / "ladders", failed={"spectral": 2}, ladders=LADDERS))
+    assert {row.plan: row.failed for row in ladder_rows(ladders)} == {"uniform": 0, "spectral": 1, TEX: 0}
+
+
+def test_a_baseline_that_gains_nothing_gives_no_margin(tmp_path: Path):
+    made = made_up(tmp_path, ladders=LADDERS)
+    made.records["untouched-0"]["train_info"]["metrics"]["test_loss"] = 1.8
+    read = Reader(page(made))
+    none = "no margin: the baseline gains nothing over the untouched model"
+    for picture in (p for p in pictures(made) if p.key in ("contrasts", "baseline")):
+        assert picture.about.endswith(f"There is {none}.")
+        assert [shape["type"] for shape in picture.layout["shapes"]] == ["line"]
+    assert read.text.count(f"N{none[1:]}.") == 2  # below the contrasts and below the ladders
+    assert "of equivalence -" not in read.text
+    contrasts = next(table for table in tables(made) if table.name == "contrasts")
+    place = [column.name for column in contrasts.columns].index("margin")
+    assert {row[place] for row in contrasts.rows} == {None}
 
 
 def test_pictures_hold_the_rows_of_the_figures(results: Results, read: Reader):
@@ -232,6 +301,7 @@ STUDIES: dict[str, tuple[dict[str, Any], str]] = {
         {"seeds": 0, "wanted": 6, "tuning": True},
         r"^No reporting run of 4 arms with 6 seeds has",
     ),
+    "ladders": ({"ladders": LADDERS}, r"^Differs: lower loss"),
     "one arm": ({"arms": ("uniform",), "seeds": 2}, r"^Screening of 1 arm with 2 seeds"),
 }
 
@@ -247,7 +317,7 @@ def test_any_study_has_a_report_and_its_tables(kind: str, tmp_path: Path):
     said = " ".join([opening(made), *state(made)])
     for word in VERDICT_WORDS.findall(said.replace(EVIL, "")):
         assert word in table_words, f"{word!r} is in no verdict of the tables"
-    assert len(export_tables(made, tmp_path / "tables")) == 20
+    assert len(export_tables(made, tmp_path / "tables")) == (24 if kind == "ladders" else 20)
 
 
 def test_what_is_missing_and_what_failed_is_said(tmp_path: Path):
@@ -313,7 +383,7 @@ def test_a_place_that_cannot_be_written_is_told(results: Results, tmp_path: Path
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="needs TeX: pdflatex")
 def test_latex_takes_every_exported_table(tmp_path: Path):
     """Names full of TeX's own marks are typeset, not obeyed; no package is wanted but those that are told."""
-    results = made_up(tmp_path / "results", contrasts=["spectral", EVIL, TEX])
+    results = made_up(tmp_path / "results", contrasts=["spectral", EVIL, TEX], ladders=LADDERS)
     files = [path for path in export_tables(results, tmp_path / "tables") if path.suffix == ".tex"]
     assert len(files) > 3
     (tmp_path / "all.tex").write_text(

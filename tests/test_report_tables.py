@@ -12,6 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from rankwise.contrasts import contrast_rows
+from rankwise.paper.tabulars import ladders_table
+from rankwise.recommend import recommend
 from rankwise.report import export_tables
 from rankwise.report.columns import tables
 from rankwise.report.exports import latex
@@ -61,6 +63,33 @@ def test_the_tables_are_those_of_the_study(results: Results):
     for run_id, loss in zip(column("runs", "run_id"), column("runs", "test_loss"), strict=True):
         assert loss == results.records[run_id]["train_info"]["metrics"]["test_loss"]
     assert "test_bits_per_byte" in [c.name for c in found["runs"].columns]
+
+
+def test_the_plans_of_ladders_are_a_table_as_the_paper_has_it(tmp_path: Path):
+    made = made_up(tmp_path, ladders={"uniform": ["uniform", "spectral"], TEX: ["spectral", TEX]})
+    names = [table.name for table in tables(made)]
+    assert names == ["arms", "contrasts", "ladders", "learning_rates", "costs", "runs"]
+    table = tables(made)[2]
+    found = [dict(zip([c.name for c in table.columns], row, strict=True)) for row in table.rows]
+    answer = recommend(made)
+    rungs = [(one.name, one.chosen, rung) for one in answer.ladders for rung in one.rungs]
+    for row, (ladder, chosen, rung) in zip(found, rungs, strict=True):
+        assert (row["ladder"], row["plan"], row["chosen"]) == (ladder, rung.arm, rung.arm == chosen)
+        assert (row["parameters"], row["loss"], row["level"]) == (rung.parameters, rung.loss, rung.level)
+        assert (row["difference"], row["hardest_rival"]) == (rung.difference, rung.rival)
+        assert row["upper_bound"] == rung.rival_bound
+        assert row["shown"] == {True: "yes", False: "no", None: "not tested"}[rung.passed]
+    assert {"yes", "no"} <= {row["shown"] for row in found} and any(row["chosen"] for row in found)
+    export_tables(made, tmp_path / "out")
+    tex = (tmp_path / "out" / "ladders.tex").read_text(encoding="utf-8")
+    body = tex.split("\\midrule\n")[1].split("\\bottomrule")[0].strip().split("\n")
+    theirs = ladders_table(made).split("\\midrule\n")[1].split("\\bottomrule")[0].strip().split("\n")
+    assert len(body) == len(theirs) == len(found) == 4
+    for mine, other in zip(body, theirs, strict=True):
+        losses = [
+            next(c for c in line.split(" & ") if re.fullmatch(r"\d\.\d{4}", c)) for line in (mine, other)
+        ]
+        assert losses[0] == losses[1] and "%" not in mine.replace("\\%", "")
 
 
 def test_latex_and_markdown_show_names_as_they_are(results: Results, tmp_path: Path):

@@ -6,6 +6,7 @@ import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -13,11 +14,13 @@ from rankwise import datasizes
 from rankwise.config import StudyConfig
 from rankwise.contrasts import contrast_rows
 from rankwise.observer import Observer
-from rankwise.reporting import LivePage
+from rankwise.report.settings import study_yaml
+from rankwise.reporting import LivePage, write_all
 from rankwise.store import Store
 from rankwise.study import run_study
 from rankwise.tables import Results, arm_rows
 from tests.conftest import rankwise, write_study
+from tests.made_up import made_up
 from tests.parts import opened
 
 ROOT = Path(__file__).parent.parent
@@ -102,6 +105,36 @@ def test_a_live_page_that_cannot_be_written_stops_no_run(workdir: Path, study_di
     assert "the report could not be written" in notes[0]
 
 
+def made_study(folder: Path, **changes: Any) -> Path:
+    """Write the file of the made-up study, and make a folder for its results."""
+    (folder / "results").mkdir()
+    config = made_up(folder / "none", seeds=0, wanted=6, arms=("uniform", "spectral")).config
+    path = folder / "study.yaml"
+    path.write_text(study_yaml(config.model_copy(update=changes)))
+    return path
+
+
+def test_rows_that_cannot_be_read_cost_their_pictures_alone(tmp_path: Path):
+    path = made_study(tmp_path)
+    made = made_up(tmp_path / "results", arms=("uniform", "spectral"))
+    drawn = rankwise("report", path, "--results", tmp_path / "results", "--out", "whole", cwd=tmp_path)
+    assert drawn.returncode == 0 and "gains and losses by example" in drawn.stdout, drawn.stderr
+    (made.store.path("arm1-2") / "examples.parquet").write_bytes(b"not a table")
+    done = rankwise("report", path, "--results", tmp_path / "results", "--out", "poorer", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    before, after = (
+        {p.name for p in (tmp_path / name / "figures").iterdir()} for name in ("whole", "poorer")
+    )
+    assert before - after == {f"examples-spectral-uniform.{kind}" for kind in ("pdf", "svg", "png")}
+    assert after and not after - before
+    said = next(line for line in done.stdout.splitlines() if line.startswith("left out: "))
+    assert said.startswith("left out: gains and losses of spectral against uniform: ")
+    assert "examples.parquet cannot be read" in said
+    assert "gains and losses by example" not in done.stdout.replace(said, "")
+    curves = (tmp_path / "poorer" / "figures" / "training_curves.svg").read_text()
+    assert "mean of 5 steps" in curves
+
+
 def test_rows_that_are_gone_cost_the_bootstrap_alone(workdir: Path, study_dict: dict):
     study = opened(workdir, study_dict | {"contrasts": ["decay"]})
     run_study(study, Observer())
@@ -171,16 +204,22 @@ def test_more_rows_than_there_are_is_a_fault_before_anything_runs(workdir: Path,
 
 
 class Made:
-    """Records of made-up losses: arm -> loss per seed; None for a run that is missing."""
+    """Records of made-up losses: arm -> loss per seed, None where the run failed; of every rate if none."""
 
-    def __init__(self, **losses: list[float]) -> None:
+    def __init__(self, **losses: list[float | None]) -> None:
         self.config = SimpleNamespace(
             arms=dict.fromkeys(losses), seeds=SimpleNamespace(reporting=max(map(len, losses.values())))
         )
+        lost = {"rate": None, "grid": [{"rate": 1e-3, "losses": [None]}]}
+        self.index = {"rates": {arm: {"rate": 1e-3} if found else lost for arm, found in losses.items()}}
         self._losses = losses
 
     def losses(self, arm: str) -> dict[int, float]:
-        return dict(enumerate(self._losses[arm]))
+        return {seed: loss for seed, loss in enumerate(self._losses[arm]) if loss is not None}
+
+    def of(self, arm: str) -> dict[int, dict[str, str]]:
+        states = ("failed" if loss is None else "done" for loss in self._losses[arm])
+        return dict(enumerate({"status": state} for state in states))
 
 
 LOW, HIGH = [1.0, 1.01, 0.99, 1.0, 1.0, 1.02], [1.2, 1.22, 1.19, 1.2, 1.21, 1.2]
@@ -200,6 +239,44 @@ def test_the_order_settles_where_it_no_longer_changes():
     assert datasizes.told(by_size)[-1] == "From 64 rows on the order of those pairs is the same."
     del by_size[64]
     assert datasizes.told(by_size)[-1] == "Their order had not settled below 256 rows."
+
+
+def test_numbers_of_rows_that_are_left_out_are_named():
+    whole = {"a": LOW, "b": HIGH, "c": NOISE}
+    by_size: dict = {
+        64: Made(**whole),
+        128: Made(**whole),
+        256: Made(**{**whole, "b": [None, *HIGH[1:]]}),
+        512: Made(**{**whole, "b": HIGH[:3]}),
+        1024: Made(**{**whole, "b": [None, None, *HIGH[2:4]], "c": []}),
+    }
+    *_, answer, left = datasizes.told(by_size, [64, 128, 256, 512, 1024, 2048])
+    assert answer == "From 64 rows on the order of those pairs is the same."
+    assert left == (
+        "Left out: 256 rows (a run failed), 512 rows (unfinished), "
+        "1024 rows (2 runs failed, every rate of c diverged, unfinished), 2048 rows (not begun)."
+    )
+    first, *account = datasizes.sentences({size: by_size[size] for size in (64, 128, 256)})
+    assert first == (
+        "From 64 rows on the order of the pairs of arms that 128 rows tell apart is the same; "
+        "left out: 256 rows (a run failed)."
+    )
+    assert account[-1] == "Left out: 256 rows (a run failed)."
+    assert "Left out: 256 rows" in datasizes.told({size: by_size[size] for size in (128, 256)})[-1]
+
+
+def test_a_report_over_numbers_of_rows_opens_with_where_the_order_settles(tmp_path: Path):
+    path = made_study(tmp_path, train_examples=[8, 16, 32])
+    for rows, failed in ((8, {}), (16, {"uniform": 1})):
+        place = made_up(tmp_path / "made", arms=("uniform", "spectral"), failed=failed).store.folder
+        study = json.loads((place / "study.json").read_text())
+        study["config"]["name"] = f"made-up-n{rows}"
+        (place / "study.json").write_text(json.dumps(study))
+        place.rename(tmp_path / "results" / f"made-up-n{rows}")
+    write_all(path, tmp_path / "results", folder=tmp_path / "out", pictures=False)
+    header = (tmp_path / "out" / "report.html").read_text().split("</header>")[0]
+    assert "Fewer than two numbers of training rows are whole" in header
+    assert "left out: 16 rows (a run failed), 32 rows (not begun)." in header
 
 
 def test_what_the_records_cannot_tell_of_the_order_is_not_told():

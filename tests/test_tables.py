@@ -16,13 +16,17 @@ import torch
 from typer.testing import CliRunner, Result
 
 from rankwise import cli, stats
+from rankwise.config import StudyConfig
 from rankwise.contrasts import ContrastRow, contrast_rows
 from rankwise.errors import RankwiseError
 from rankwise.observer import Observer
+from rankwise.power import noninferior_power, provable_margin
+from rankwise.report.opening import missing_runs, opening
 from rankwise.store import Store
 from rankwise.study import run_study
 from rankwise.tables import Results, arm_rows, captions, design_warnings
 from tests.conftest import alpaca_rows, byte_tokenizer, tiny_llama, write_study
+from tests.made_up import EVIL, made_up
 from tests.parts import opened
 
 SEEDS = 6
@@ -144,6 +148,7 @@ def test_contrasts_pair_the_seeds(finished: Path):
         (-0.02, 1, "differs: lower loss"),
         (+0.02, 1, "differs: higher loss"),
         (0.0, 1, "equivalent within the margin"),
+        (+0.01, 0.1, "differs: higher loss, within the margin"),
         (0.0, 50, "no difference shown; could have seen "),
     ],
 )
@@ -190,6 +195,24 @@ def test_holms_adjustment_can_take_a_verdict_away(copy: Path):
     assert row.verdict == "equivalent within the margin"
 
 
+def test_holm_is_over_all_declared_contrasts_whatever_became_of_them(copy: Path):
+    def fail(result: dict) -> None:
+        result.update(status="failed", failure={"step": 3, "reason": "the loss is nan", "last_metrics": None})
+        result["train_info"]["metrics"] = {}
+
+    uniform = base_losses()
+    decay = [u + 0.003 + e for u, e in zip(uniform, NOISE, strict=True)]
+    set_losses(copy, uniform=uniform, decay=decay, mlp=[u - 0.4 for u in uniform])
+    alone = contrast(copy).paired
+    assert alone is not None
+    edit(copy, "mlp", 5, fail)  # two of the three contrasts are lost, one of them with a p near 0
+    assert contrast(copy).p_holm == pytest.approx(3 * alone.p)
+    assert contrast(copy, "mlp").p_holm is None and contrast(copy, "mlp").paired is not None
+    for seed in range(6):
+        shutil.rmtree(edit(copy, "mlp", seed, lambda result: None))
+    assert contrast(copy).p_holm == pytest.approx(3 * alone.p), "also where an arm has no run at all"
+
+
 def test_a_failed_run_takes_the_verdict_and_stays_out_of_the_mean(copy: Path):
     def fail(result: dict) -> None:
         result.update(status="failed", failure={"step": 3, "reason": "the loss is nan", "last_metrics": None})
@@ -227,6 +250,45 @@ def test_fewer_than_six_seeds_screen(copy: Path, tiny_model: Path):
     assert row.verdict == "screening: 5 seeds, no verdict" and row.paired is not None
     assert captions(results_in(copy))[0] == "rate not tuned, 5 seeds: no verdict"
     assert "verdicts need 6" in design_warnings(results_in(copy).config)[0]
+
+
+def test_a_ladders_design_is_told_at_its_own_level(tmp_path: Path):
+    made = made_up(tmp_path, seeds=8, ladders={"a": ["uniform", "spectral"], "b": ["uniform", EVIL]})
+    told = [line for line in design_warnings(made.config) if line.startswith("ladder")]
+    sds = provable_margin(8, alpha=0.02, two_sided=False)  # half of 5 %, of which a fifth is kept
+    assert len(told) == 2 and all("at 2.5 %" in line and f"{sds:.2f} SDs" in line for line in told)
+    assert noninferior_power(8, sds, 1.0, alpha=0.02) == pytest.approx(0.8, abs=1e-3)
+
+
+def test_a_confirmatory_study_wants_seeds_of_its_own(tmp_path: Path):
+    own = {"tuning": 1, "reporting": 8, "first": 100}
+    for place, changes, warned in (("a", {}, True), ("b", {"seeds": own}, False)):
+        config = made_up(tmp_path / place, seeds=8).config.model_dump(mode="json") | {"confirmatory": True}
+        lines = design_warnings(StudyConfig.model_validate(config | changes))
+        assert any("give seeds.first" in line for line in lines) == warned
+
+
+def test_an_arm_without_a_run_is_not_marked_as_of_another_budget(tmp_path: Path):
+    made = made_up(tmp_path, seeds=0, wanted=6)
+    assert [row.other_budget for row in arm_rows(made)] == [False] * 4
+    assert not any("equal-budget" in line for line in captions(made))
+
+
+def test_exploratory_stands_before_what_a_study_says(tmp_path: Path):
+    made = made_up(tmp_path)
+    plain = opening(made)
+    made.index["exploratory"] = True
+    assert opening(made) == f"Exploratory: {plain[0].lower()}{plain[1:]}"
+
+
+def test_arms_that_share_a_run_wait_for_none(tmp_path: Path):
+    made = made_up(tmp_path, arms=("uniform", "spectral"), seeds=2)
+    shared = {run["seed"]: run["run_id"] for run in made.index["runs"] if run["arm"] == "uniform"}
+    for run in made.index["runs"]:
+        if run["arm"] == "spectral":
+            run["run_id"] = shared[run["seed"]]
+    (made.store.folder / "study.json").write_text(json.dumps(made.index))
+    assert missing_runs(Results(made.store)) == (0, 3)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from rankwise.memorybank import DOCUMENTS
 from rankwise.observer import Observer
 from rankwise.study import open_study, run_study
 from rankwise.studyfile import read_study
-from rankwise.workspace import FILES, PLACES, STUDY, create
+from rankwise.workspace import FILES, PLACES, STUDY, create, program
 from tests.conftest import rankwise, write_study
 from tests.refusals import refused
 
@@ -70,8 +70,8 @@ def test_every_target_is_a_command_of_the_program(tmp_path: Path):
     for target in TARGETS:
         said = make(tmp_path / "mine", "-n", target)
         assert said.returncode == 0, said.stderr
-        program, name, *rest = shlex.split(said.stdout.strip())
-        assert program == "rankwise"
+        called, name, *rest = shlex.split(said.stdout.strip())
+        assert Path(called).name == "rankwise"
         command = known.commands[name]  # type: ignore[attr-defined]
         while hasattr(command, "commands"):
             command, rest = command.commands[rest[0]], rest[1:]
@@ -121,12 +121,26 @@ def test_nothing_is_left_of_a_folder_that_could_not_be_written(
 @pytest.mark.skipif(shutil.which("latexmk") is None, reason="needs TeX: latexmk")
 def test_its_paper_compiles_and_is_sound_before_anything_has_run(tmp_path: Path):
     create(tmp_path / "mine")
-    program = f"RANKWISE={sys.executable} -m rankwise"
-    done = make(tmp_path / "mine", "paper", program)
+    done = make(tmp_path / "mine", "paper")  # the Makefile knows the program that made the folder
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "mine" / "paper" / "build" / "main.pdf").read_bytes().startswith(b"%PDF")
     checked = rankwise("paper", "--check", cwd=tmp_path / "mine")
     assert checked.returncode == 0, checked.stdout
+
+
+def test_the_makefile_calls_the_program_by_name_where_that_is_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    own = Path(sys.executable).with_name("rankwise")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert program() == str(own)
+    (tmp_path / "rankwise").symlink_to(own)
+    assert program() == "rankwise"
+    odd = tmp_path / "a $b" / "python"
+    odd.parent.mkdir()
+    odd.with_name("rankwise").touch()
+    monkeypatch.setattr(sys, "executable", str(odd))
+    assert program() == f"'{tmp_path}/a $$b/rankwise'"
 
 
 # --- runs of some arms alone ------------------------------------------------------------------------
@@ -137,18 +151,19 @@ def test_make_baselines_does_the_baselines_alone_and_study_the_rest(workdir: Pat
     folder = workdir / "mine"
     (workdir / "rows.json").rename(folder / "studies" / "rows.json")
     write_study(folder / "studies", study_dict)
-    program = f"RANKWISE={sys.executable} -m rankwise"
-    done = make(folder, "baselines", program, "BASELINES=uniform")
+    done = make(folder, "baselines", "BASELINES=uniform")
     assert done.returncode == 0, done.stderr
     runs = folder / "results" / "tiny" / "runs"
     first = {path.name: path.stat().st_mtime_ns for path in runs.iterdir()}
     assert len(first) == 3  # the untouched model and two seeds
     names = [path.read_text() for path in runs.glob("*/result.json")]
     assert not [text for text in names if '"decay"' in text]
-    assert make(folder, "adaptive", program, "ADAPTIVE=decay").returncode == 0
+    assert make(folder, "adaptive", "ADAPTIVE=decay").returncode == 0
     after = {path.name: path.stat().st_mtime_ns for path in runs.iterdir()}
     assert len(after) == 5 and first.items() <= after.items()
-    assert make(folder, "memory", program).returncode == 0
+    listed = rankwise("paper", "--list", "paperRuns", cwd=folder)
+    assert re.search(r"\\paperRuns +5 ", listed.stdout), "a paper that names no study is about all of them"
+    assert make(folder, "memory").returncode == 0
     assert {path.stem for path in (folder / "memory").glob("*.md")} == {*DOCUMENTS, "README"}
     assert "memory/results.svg" in (folder / "README.md").read_text()
     assert "whole" in (folder / "memory" / "active-focus.md").read_text()

@@ -117,7 +117,7 @@ def _tell_sizes(config: StudyConfig, results: Path) -> None:
         from rankwise import datasizes
         from rankwise.terminal import say
 
-        for line in datasizes.told(datasizes.records(config, results)):
+        for line in datasizes.told(datasizes.records(config, results), config.train_examples):
             say(line)
 
 

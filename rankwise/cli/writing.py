@@ -72,7 +72,7 @@ def paper(
     from rankwise.terminal import say
 
     text = room.read_paper(folder)
-    offer = room.offer(studies, results, text.studies())
+    offer = room.offer(studies, results, text.studies() or None)
     if listed is not None:
         for line in offer.lines(listed):
             say(line)

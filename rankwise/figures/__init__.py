@@ -20,7 +20,18 @@ from matplotlib.figure import Figure
 
 from rankwise.figures.comparisons import example_differences, loss_against_parameters, paired_differences
 from rankwise.figures.curves import data_size, learning_rates, training_curves
-from rankwise.figures.look import KEY_WIDTH, LINE, LOOKS, WIDTHS, Width, canvas, save, shown, style
+from rankwise.figures.look import (
+    KEY_WIDTH,
+    LINE,
+    LOOKS,
+    WIDTHS,
+    Width,
+    canvas,
+    marked,
+    save,
+    shown,
+    style,
+)
 from rankwise.figures.ranks import cost_room, memory, rank_heatmap, rank_use, times
 from rankwise.figures.rows import Difference
 
@@ -82,12 +93,13 @@ def _height(draw: Callable[..., Any], rows: Any, width: Width) -> float:
     if draw is paired_differences:
         return 1.0 + max(2, len(rows)) * _forest_line(rows, width)
     if draw in (times, memory):
-        lines = max((shown(row.arm, cost_room(width)).count("\n") for row in rows), default=0) + 1
+        names = {marked(row.arm, row.failed) for row in rows}
+        lines = max((shown(name, cost_room(width)).count("\n") for name in names), default=0) + 1
         return 0.8 + max(2, len(rows)) * (LINE if lines == 1 else 0.06 + 0.113 * lines)
     if draw is loss_against_parameters:
         names = {f"{row.strategy} ({row.variant})" for row in rows}
     else:
-        names = {row.arm for row in rows}
+        names = set({row.arm: marked(row.arm, row.failed) for row in rows}.values())
     lines = 3 + sum(shown(name, KEY_WIDTH).count("\n") + 1 for name in names)
     if width == "single":
         return 2.2 + 0.75 * LINE * ((lines + 1) // 2)

@@ -26,7 +26,7 @@ from rankwise.figures.look import (
     shown,
     styled,
 )
-from rankwise.figures.rows import Difference, ExampleDifferences, LossPoint
+from rankwise.figures.rows import NO_MARGIN, Difference, ExampleDifferences, LossPoint, band
 
 LOSS = "test loss (nats per token)"
 
@@ -138,13 +138,13 @@ def _count(value: float) -> str:
 def paired_differences(
     rows: Sequence[Difference], ax: Axes, *, interval: str = "95 % paired t-interval"
 ) -> Axes:
-    """Draw a forest plot: a line per contrast, the band of equivalence, and each verdict in words.
+    """Draw a forest plot: a line per contrast, the band of equivalence if any, and each verdict in words.
 
     A contrast without a verdict is hollow; one without a difference has no point, only its words.
     """
     tight = narrow(ax)
     ax.axvline(0, color=BLACK, linewidth=0.7, zorder=1)
-    margin = next((row.margin for row in rows if row.margin is not None), None)
+    margin, none = band(row.margin for row in rows)
     if margin is not None:
         ax.axvspan(-margin, margin, facecolor="#E9E9E9", edgecolor="#BBBBBB", linewidth=0.5, zorder=0)
     for y, row in enumerate(rows):
@@ -168,6 +168,8 @@ def paired_differences(
         entries.append((mark, "no verdict"))
     if margin is not None:
         entries.append((Patch(facecolor="#E9E9E9", edgecolor="#BBBBBB"), "margin of equivalence"))
+    if none:
+        entries.append((Line2D([], [], linestyle="none"), NO_MARGIN.partition(" over")[0]))
     figure = ax.get_figure(root=True)
     assert figure is not None
     handles, names = zip(*entries, strict=True)

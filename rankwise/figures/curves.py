@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 from matplotlib.transforms import ScaledTranslation
 
-from rankwise.figures.look import BLACK, DASHES, GREY, fills, key, look_of, note, sample, styled
+from rankwise.figures.look import BLACK, DASHES, GREY, fills, key, look_of, marked, note, sample, styled
 from rankwise.figures.rows import RatePoint, SeriesPoint
 
 Point = TypeVar("Point", bound=SeriesPoint)
@@ -38,9 +38,13 @@ def training_curves(
 
 @styled
 def data_size(rows: Sequence[SeriesPoint], ax: Axes, *, band: str = "95 % interval") -> Axes:
-    """Draw the test loss by the number of training rows, on a logarithmic axis."""
+    """Draw the test loss by the number of training rows, on a logarithmic axis; failures at their point."""
     _series(rows, ax, every=False, band=band)
     _ticks_at_points(rows, ax)
+    for row in rows:
+        if row.failed:
+            beside: dict[str, Any] = {"xytext": (4, 2), "textcoords": "offset points"}
+            note(ax, row.x, row.mean, f"{row.failed} failed", **beside, ha="left", va="bottom")
     ax.set_xlabel("training rows")
     ax.set_ylabel("test loss (nats per token)")
     return ax
@@ -108,9 +112,13 @@ def _series(
         look = {**look, "fillstyle": fill[points[0].variant], "markerfacecoloralt": "white", **thin}
         ax.plot(x, [p.mean for p in points], linestyle=dashes, markevery=marks, label=arm, **look)
     ax.grid(axis="y")
+
+    def named(arm: str, row: SeriesPoint) -> str:
+        return marked(arm, row.failed) if every else arm  # else each point has failures of its own
+
     strategies = {arm: points[0] for arm, points in _by_arm(known).items()}
     entries: list[tuple[Any, str]] = [
-        (sample(row.strategy, groups[row.group], fillstyle=fill[row.variant]), arm)
+        (sample(row.strategy, groups[row.group], fillstyle=fill[row.variant]), named(arm, row))
         for arm, row in strategies.items()
     ]
     if len(groups) > 1:

@@ -171,6 +171,11 @@ def shown(name: str, width: int = 34, lines: int = 2) -> str:
     return "\n".join(wrapped) or "(no name)"
 
 
+def marked(arm: str, failed: int) -> str:
+    """Return an arm's name as a picture shows it: with its failed runs, where it has some."""
+    return f"{arm} ({failed} failed)" if failed else arm
+
+
 def fills(variants: Iterable[str]) -> dict[str, str]:
     """Return variant -> the marker's fill: full for none, else hollow or half full, in the order given."""
     named = [variant for variant in dict.fromkeys(variants) if variant]

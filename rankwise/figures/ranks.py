@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from rankwise.figures.look import BLACK, GREY, Width, key, look_of, narrow, sample, shown, styled
+from rankwise.figures.look import BLACK, GREY, Width, key, look_of, marked, narrow, sample, shown, styled
 from rankwise.figures.rows import Cost, HeatCell, RankUse
 
 COLOURS = "cividis"
@@ -88,7 +88,9 @@ def rank_use(rows: Sequence[RankUse], ax: Axes, *, measure: str = "stable rank o
     ax.set_xlabel("rank allotted")
     ax.set_ylabel(f"rank used ({shown(measure, 60, 1)})")
     ax.grid()
-    samples = [(sample(p[0].strategy, markerfacecolor="none"), arm) for arm, p in arms.items()]
+    samples = [
+        (sample(p[0].strategy, markerfacecolor="none"), marked(arm, p[0].failed)) for arm, p in arms.items()
+    ]
     key(ax, [*samples, (sample("", (0, (4, 2)), marker="None", linewidth=0.8), "all of it used")])
     return ax
 
@@ -135,7 +137,8 @@ def cost_room(width: Width) -> int:
 
 def _arm_axis(rows: Sequence[Cost], ax: Axes) -> None:
     room = cost_room("single" if narrow(ax) else "double")
-    ax.set_yticks(range(len(rows)), [shown(row.arm, room) for row in rows], parse_math=False)
+    names = [shown(marked(row.arm, row.failed), room) for row in rows]
+    ax.set_yticks(range(len(rows)), names, parse_math=False)
     ax.tick_params(axis="y", length=0)
     ax.set_ylim(len(rows) - 0.4, -0.6)
     ax.xaxis.set_major_locator(MaxNLocator(5))

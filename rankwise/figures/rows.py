@@ -5,7 +5,11 @@ A loss is in nats per label token. An interval is (low, high), both None where t
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+NO_MARGIN = "no margin: the baseline gains nothing over the untouched model"
+"""What stands where a margin of equivalence would."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,8 @@ class Difference:
     """A paired difference of losses, arm minus `against`; mean None where too few runs are done.
 
     Attributes:
-        margin: of equivalence, to both sides of zero; None where it is not known.
+        margin: of equivalence, to both sides of zero; None where it is not known. At 0 or below, where the
+            baseline gains nothing, there is none: see `band`.
         decided: whether the verdict is one; if not, the point is drawn hollow.
     """
 
@@ -47,6 +52,16 @@ class Difference:
     margin: float | None
     verdict: str
     decided: bool
+
+
+def band(margins: Iterable[float | None]) -> tuple[float | None, bool]:
+    """Return the rows' common margin of equivalence, and whether it is known that there is none.
+
+    A baseline that ends no better than the untouched model gives a share of nothing, or of less than nothing:
+    no band can be drawn of that, and nothing lies within it.
+    """
+    known = next((margin for margin in margins if margin is not None), None)
+    return (known, False) if known is None or known > 0 else (None, True)
 
 
 @dataclass(frozen=True)
@@ -64,7 +79,8 @@ class SeriesPoint:
     """A point of a curve: at `x`, the mean over seeds and its band.
 
     `x` is the step, the number of training rows, or the learning rate. `group`, such as the budget,
-    sets the line's dashes; `variant`, such as a scale rule, the marker's fill.
+    sets the line's dashes; `variant`, such as a scale rule, the marker's fill. `failed` counts the arm's
+    failed reporting runs, with so many training rows where `x` is that.
     """
 
     arm: str
@@ -75,6 +91,7 @@ class SeriesPoint:
     high: float | None = None
     group: str = ""
     variant: str = ""
+    failed: int = 0
 
 
 @dataclass(frozen=True)
@@ -87,18 +104,25 @@ class RatePoint(SeriesPoint):
 
 @dataclass(frozen=True)
 class RankUse:
-    """How much of its allotted rank a module's trained update uses (stable rank, or another measure)."""
+    """How much of its allotted rank a module's trained update uses (stable rank, or another measure).
+
+    `failed` counts the arm's failed runs; they are in no mean.
+    """
 
     arm: str
     strategy: str
     module: str
     allotted: int
     used: float
+    failed: int = 0
 
 
 @dataclass(frozen=True)
 class Cost:
-    """An arm's mean seconds of a run, by what they went to, and its highest peak of memory in bytes."""
+    """An arm's median seconds of a run, by what they went to, and its highest peak of memory in bytes.
+
+    `failed` counts its failed runs; they are in no median and no peak.
+    """
 
     arm: str
     strategy: str
@@ -106,6 +130,7 @@ class Cost:
     train_seconds: float
     evaluation_seconds: float
     peak_bytes: int
+    failed: int = 0
 
 
 @dataclass(frozen=True)

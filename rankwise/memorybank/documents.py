@@ -130,7 +130,7 @@ def _files(studies: Path | Sequence[Path]) -> list[Path]:
     if not isinstance(studies, Path):
         found = list(studies)
     elif studies.is_dir():
-        found = sorted(studies.glob("*.yaml"))
+        found = sorted([*studies.glob("*.yaml"), *studies.glob("*.yml")])
     else:
         found = [studies]
     if not found:

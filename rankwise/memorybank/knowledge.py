@@ -37,7 +37,8 @@ def _numbers(ground: Ground, case: Case) -> dict[str, Any]:
         "margin": compared.shared if compared else "",
         "advice": [case.told(line) for line in advice.sentences()] if advice else [],
         "sizes": datasizes.told(owner.by_size) if _largest(owner, case) else [],
-        "notes": [line for line in notes(results) if not line.startswith(("probes,", "* "))],
+        "notes": [*(line for line in notes(results) if not line.startswith(("probes,", "* "))),
+                  *(f"note: {notice}" for notice in results.index["resolved"]["notices"])],
     }  # fmt: skip
 
 

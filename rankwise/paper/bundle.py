@@ -22,7 +22,7 @@ PAGES = re.compile(r"Output written on .*\((\d+) pages?")
 
 
 def bundled(paper: Paper, files: dict[str, bytes]) -> dict[str, bytes]:
-    """Return what goes into the bundle, by name: no hidden file, none that is not read.
+    """Return what goes into the bundle, by name: no hidden file, and all that TeX read in the paper's folder.
 
     Raises:
         RankwiseError: the paper was not compiled, so that there is no main.bbl.
@@ -33,10 +33,31 @@ def bundled(paper: Paper, files: dict[str, bytes]) -> dict[str, bytes]:
     found = {"main.bbl": bbl.read_bytes()}
     for source in paper.sources:
         found[source.path.relative_to(paper.folder).as_posix()] = source.path.read_bytes()
+    for name in _read_by_tex(paper.folder):  # pictures and styles of one's own
+        found[name] = (paper.folder / name).read_bytes()
     found |= {f"{GENERATED}/{name}": content for name, content in files.items()}
     if hidden := [name for name in found if any(part.startswith(".") for part in name.split("/"))]:
         raise RankwiseError(f"arXiv takes no hidden files; rename {', '.join(sorted(hidden))}.")
     return found
+
+
+def _read_by_tex(folder: Path) -> list[str]:
+    """Return the files of the paper's folder that its last compilation read, those that are made left out.
+
+    Source: the recorder file that latexmk keeps, main.fls.
+    """
+    record = folder / BUILD / "main.fls"
+    if not record.is_file():
+        return []
+    lines = record.read_text(encoding="utf-8", errors="replace").splitlines()
+    base = next((Path(line[4:]) for line in lines if line.startswith("PWD ")), folder.absolute())
+    own, found = folder.resolve(), set()
+    for line in lines:
+        path = (base / line.removeprefix("INPUT ")).resolve() if line.startswith("INPUT ") else own
+        if path.is_file() and path.is_relative_to(own):
+            name = path.relative_to(own)
+            found |= {name.as_posix()} if name.parts[0] not in (BUILD, GENERATED) else set()
+    return sorted(found)
 
 
 def archive(files: dict[str, bytes]) -> bytes:

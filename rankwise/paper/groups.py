@@ -26,6 +26,8 @@ class Group:
         seeds: that every arm of the group has finished.
         means: arm -> mean loss over those seeds; empty without such a seed.
         over_seeds: root mean square of the arms' SDs over those seeds; None with fewer than 2.
+        over_pairs: the same of their differences to the uniform arm: what a comparison has to live with, as
+            arms share seeds; None without a uniform arm too.
         over_rates: mean over the tuned arms of the range of validation loss over the declared grid, without
             rates that diverged.
     """
@@ -35,6 +37,7 @@ class Group:
     seeds: tuple[int, ...]
     means: dict[str, float]
     over_seeds: float | None
+    over_pairs: float | None
     over_rates: float | None
 
 
@@ -52,11 +55,28 @@ def group(results: Results, budget: str, arms: list[str]) -> Group:
     losses = {arm: results.losses(arm) for arm in arms}
     seeds = sorted(set.intersection(*(set(found) for found in losses.values())))
     means = {arm: statistics.fmean(found[s] for s in seeds) for arm, found in losses.items() if seeds}
-    spread = None
-    if len(seeds) > 1:
-        squares = [statistics.variance(found[s] for s in seeds) for found in losses.values()]
-        spread = math.sqrt(statistics.fmean(squares))
-    return Group(budget, tuple(arms), tuple(seeds), means, spread, _over_rates(results, arms))
+    control = uniform(results.config, arms)
+    apart = [
+        [found[s] - losses[control][s] for s in seeds]
+        for arm, found in losses.items()
+        if control in losses and arm != control
+    ]
+    alone = [[found[s] for s in seeds] for found in losses.values()]
+    return Group(
+        budget, tuple(arms), tuple(seeds), means, _spread(alone), _spread(apart), _over_rates(results, arms)
+    )
+
+
+def uniform(config: StudyConfig, arms: list[str]) -> str | None:
+    """Return the arm that the others of a budget are compared with."""
+    return next((other for arm in arms if (other := contrasts.control(config, arm))), None)
+
+
+def _spread(samples: list[list[float]]) -> float | None:
+    """Return the root mean square of the samples' SDs; None with fewer than 2 values in each."""
+    if not samples or len(samples[0]) < 2:
+        return None
+    return math.sqrt(statistics.fmean(map(statistics.variance, samples)))
 
 
 def _over_rates(results: Results, arms: list[str]) -> float | None:
@@ -84,16 +104,16 @@ def group_macros(study: Told) -> Iterator[Macro]:
 def _of(study: Told, budget: str, arms: list[str], found: Group | None) -> Iterator[Macro]:
     config, means = study.config, {} if found is None else found.means
     assert config is not None
-    uniform = next((other for arm in arms if (other := contrasts.control(config, arm))), None)
+    control = uniform(config, arms)
     low = min(means, key=lambda arm: means[arm]) if means else None
     high = max(means, key=lambda arm: means[arm]) if means else None
-    beneath = sum(loss < means[uniform] for loss in means.values()) if uniform in means else None
+    beneath = sum(loss < means[control] for loss in means.values()) if control in means else None
     numbers: dict[str, tuple[float | None, str, str]] = {
         "Arms": (len(arms), ",d", "arms"),
         "Seeds": (len(found.seeds) if found else None, "d", "seeds that all arms have finished"),
         "LowestLoss": (means[low] if low else None, ".4f", "nats per token"),
         "HighestLoss": (means[high] if high else None, ".4f", "nats per token"),
-        "UniformLoss": (means.get(uniform or ""), ".4f", "nats per token"),
+        "UniformLoss": (means.get(control or ""), ".4f", "nats per token"),
         "BelowUniform": (beneath, "d", "arms with a lower mean than the uniform one"),
         "Range": (means[high] - means[low] if low and high else None, ".4f", "nats per token"),
         "OverArms": (
@@ -102,6 +122,7 @@ def _of(study: Told, budget: str, arms: list[str], found: Group | None) -> Itera
             "SD, nats per token",
         ),
         "OverSeeds": (found.over_seeds if found else None, ".4f", "SD, nats per token"),
+        "OverPairs": (found.over_pairs if found else None, ".4f", "SD of paired differences, nats per token"),
         "OverRates": (found.over_rates if found else None, ".4f", "range, nats per token"),
     }
     label = f"Budget{camel(budget)}"

@@ -66,7 +66,7 @@ PICTURES: dict[str, Callable[[Results], Drawn]] = {
     "losses": losses,
     "differences": lambda r: (figures.paired_differences, differences(r), {}),
     "rates": rates,
-    "curves": lambda r: (figures.training_curves, figuretables.curve_points(r, few(r), smooth=5), {}),
+    "curves": lambda r: (figures.training_curves, *figuretables.smoothed_curves(r, few(r))),
     "use": lambda r: (figures.rank_use, figuretables.use_rows(r, few(r)), {}),
     "costs": lambda r: ((figures.times, figures.memory), figuretables.cost_rows(r), {}),
 }

@@ -153,7 +153,7 @@ def _told(study: Told) -> Iterator[Macro]:
         resolved = results.index["resolved"]
         lost = [arm for arm, choice in results.index["rates"].items() if hopeless(choice)]
         texts = {
-            "Machine": _machines(results),
+            "Machine": _machines([results]),
             "Notices": escaped("; ".join(text.rstrip(".") for text in resolved["notices"]) or "none"),
             "Failures": escaped("; ".join(results.failures()) or "none"),
             "Hopeless": ", ".join(map(name, lost)) or "none",
@@ -165,11 +165,11 @@ def _told(study: Told) -> Iterator[Macro]:
         yield study.text(text, quantity)
 
 
-def _machines(results: Results) -> str:
+def _machines(studies: Sequence[Results]) -> str:
     """Return the machines, each with its share of the runs; package versions are told elsewhere."""
     keys = ("processor", "capability", "cores", "threads")
     found: dict[str, int] = {}
-    for runs, pairs in machines(results):
+    for runs, pairs in (one for results in studies for one in machines(results)):
         told = dict(pairs)
         text = ", ".join(_counted(told[key], key) for key in keys if key in told)
         found[text] = found.get(text, 0) + int(runs.split()[0].replace(",", ""))
@@ -190,6 +190,8 @@ def overall_macros(studies: Sequence[Told]) -> Iterator[Macro]:
     for record in records:
         packages.update((record.get("meta_info") or {}).get("package_info") or {})
     yield Macro(macro_name("paper", "Runs"), f"{len(records):,}", "runs of all studies", "runs", ",d")
+    places = _machines([study.results for study in with_records if study.results])
+    yield Macro(macro_name("paper", "Machines"), places, "machines of all runs")
     hours = sum(map(_seconds, records)) / 3600
     yield Macro(macro_name("paper", "Hours"), number(hours, ".1f", "h"), "runs of all studies", "h", ".1f")
     listed = ", ".join(f"{package} {version}" for package, version in packages.items())

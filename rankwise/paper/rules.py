@@ -1,5 +1,6 @@
 r"""The rules that hand-written text keeps. What each means is told in its docstring and in `RULES`.
 
+What a macro of one's own is defined as counts as typed, wherever it stands; lengths, such as 4pt, do not.
 Text that TeX reads as a name, not as words, is exempt from all of them: the arguments of \label, \ref and its
 kin, \cite and its kin, \input, \includegraphics with its options, \bibliography, \url, \href's address,
 \begin and \end, \arm and \study. Comments are no text.
@@ -19,6 +20,7 @@ from rankwise.paper.sources import DEFINED, STUDY, Paper, Place, Source
 RULES = {
     "number": "a digit outside a macro; in results files also a number as a word",
     "verdict": "a word of a verdict outside a verdict macro",
+    "picture": "a picture in a results file that no record made",
     "undefined": "a macro, piece, arm, study, label or file that does not exist",
     "unused": "a macro, piece, label or file that nothing uses",
     "citation": "a key that references.bib lacks, or an entry of it that nothing cites",
@@ -52,6 +54,13 @@ VERDICT = re.compile(
 FINDING = re.compile(
     r"(?<![\\A-Za-z])(?:differ(?:s|ed)?|wins?|won|improve[sd]?|improvements?)(?![A-Za-z])", re.IGNORECASE
 )
+DEFINITION = re.compile(
+    r"\\(?:(?:re|provide)?newcommand|DeclareRobustCommand)\*?\s*\{?\\[A-Za-z]+\}?(?:\[[^\]]*\])*\s*(?=\{)"
+    r"|\\[egx]?def\\[A-Za-z]+[^{}]*(?=\{)"
+)
+TYPED = re.compile(r"(?<![#0-9.])[0-9][0-9.,]*(?![0-9.,]|\s*(?:pt|em|ex|cm|mm|in|bp|sp|pc)(?![A-Za-z]))")
+"""A number that is neither an argument (#1) nor a length (4pt)."""
+GRAPHICS = re.compile(r"\\includegraphics")
 ARM = re.compile(r"\\arm\{([^{}]*)\}")
 
 
@@ -77,6 +86,7 @@ def text_faults(paper: Paper) -> Iterator[Fault]:
     for source in paper.sources:
         body = masked(source.text)
         results = source.stem.startswith(RESULTS)
+        yield from _defined_faults(source, body)
         if source.stem not in BY_HAND:
             yield from _matches(source, body, DIGIT, "number", "typed by hand; numbers come from macros")
         yield from _matches(source, body, VERDICT, "verdict", "a verdict comes from a verdict macro")
@@ -85,10 +95,46 @@ def text_faults(paper: Paper) -> Iterator[Fault]:
                 source, body, NUMBER_WORD, "number", "a number as a word; numbers come from macros"
             )
             yield from _matches(source, body, FINDING, "verdict", "a finding comes from a verdict macro")
+            why = "pictures of results are pieces of generated/"
+            yield from _matches(source, source.text, GRAPHICS, "picture", why)
 
 
-def _matches(source: Source, body: str, pattern: re.Pattern[str], rule: str, why: str) -> Iterator[Fault]:
-    for match in pattern.finditer(body, source.body):
+def _defined_faults(source: Source, body: str) -> Iterator[Fault]:
+    """Yield numbers and verdicts in definitions that the other rules do not read: a macro can carry both."""
+    for match in DEFINITION.finditer(body):
+        start, end = match.end(), _closing(body, match.end())
+        if source.stem in BY_HAND or start < source.body:
+            yield from _matches(
+                source,
+                body,
+                TYPED,
+                "number",
+                "a number in a definition; numbers come from macros",
+                start,
+                end,
+            )
+        if start < source.body:
+            why = "a verdict in a definition; it comes from a verdict macro"
+            yield from _matches(source, body, VERDICT, "verdict", why, start, end)
+
+
+def _closing(text: str, start: int) -> int:
+    """Return where the group that opens at `start` closes; the end of the text where it does not."""
+    depth = 0
+    for place in range(start, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[place], 0) * (text[place - 1] != "\\")
+        if depth == 0:
+            return place
+    return len(text)
+
+
+def _matches(
+    source: Source, body: str, pattern: re.Pattern[str], rule: str, why: str, start: int | None = None,
+    end: int | None = None,
+) -> Iterator[Fault]:  # fmt: skip
+    for match in pattern.finditer(
+        body, source.body if start is None else start, len(body) if end is None else end
+    ):
         yield Fault(
             source.at(match.start()), rule, f"{match[0]!r} in {_excerpt(source, match.start())!r}: {why}"
         )

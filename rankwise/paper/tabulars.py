@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from rankwise.advice import LadderResult, Rung
 from rankwise.contrasts import ContrastRow, contrast_rows
 from rankwise.figuretables import rate_points
 from rankwise.paper.groups import difference
@@ -14,6 +13,7 @@ from rankwise.paper.studies import Told
 from rankwise.paper.typeset import NOT_RUN, ends, escaped, name, number
 from rankwise.paper.verdicts import phrase
 from rankwise.recommend import recommend
+from rankwise.report.columns import LadderRow, ladder_rows
 from rankwise.report.opening import missing_runs
 from rankwise.tables import ArmRow, Results, arm_rows
 
@@ -69,7 +69,7 @@ def arms_table(results: Results, arms: Sequence[str] | None = None) -> str:
 
 
 def _arm(results: Results, row: ArmRow) -> list[str]:
-    mark = "" if row.equal_budget or row.parameters is None else r"\,*"
+    mark = r"\,*" if row.other_budget else ""
     whole = results.config.arms[row.arm]
     if whole.match == "budget":  # arms of every budget stand here, each compared within its own
         mark = ""
@@ -130,20 +130,17 @@ def ladders_table(results: Results) -> str:
         "level",
         "shown",
     )
-    rows = [
-        _rung(found, rung) for found in recommend(results).ladders for rung in found.rungs
-    ]  # fmt: skip
-    return tabular("llrrrlrrl", head, rows)
+    return tabular("llrrrlrrl", head, [_rung(row) for row in ladder_rows(recommend(results))])
 
 
-def _rung(found: LadderResult, rung: Rung) -> list[str]:
-    words = {True: "yes", False: "no", None: "not tested"}
-    mark = r"\,$\leftarrow$" if rung.arm == found.chosen else ""
+def _rung(row: LadderRow) -> list[str]:
+    mark = r"\,$\leftarrow$" if row.chosen else ""
+    mark += f" ({row.failed} failed)" if row.failed else ""
     return [
-        escaped(found.name), name(rung.arm) + mark, shown(rung.parameters, ",d"), shown(rung.loss, ".4f"),
-        shown(rung.difference, "+.4f"), NOTHING if rung.rival is None else name(rung.rival),
-        shown(rung.rival_bound, "+.4f"),
-        NOTHING if rung.level is None else number(100 * rung.level, ".2f", "%"), words[rung.passed],
+        escaped(row.ladder), name(row.plan) + mark, shown(row.parameters, ",d"), shown(row.loss, ".4f"),
+        shown(row.difference, "+.4f"), NOTHING if row.hardest_rival is None else name(row.hardest_rival),
+        shown(row.upper_bound, "+.4f"),
+        NOTHING if row.level is None else number(100 * row.level, ".2f", "%"), row.shown,
     ]  # fmt: skip
 
 

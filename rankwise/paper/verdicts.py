@@ -56,6 +56,9 @@ def sentence(row: ContrastRow, seeds: int) -> str:
         if row.verdict.startswith("differs"):
             side = "lower" if paired.mean < 0 else "higher"
             said += f", with the {side} loss"
+            if row.verdict.endswith("within the margin") and row.margin is not None:
+                said += ", and lies within the margin of it"
+                numbers.append(f"margin {number(row.margin, '.4f')}")
         elif row.verdict.startswith("equivalent") and row.margin is not None:
             numbers.append(f"margin {number(row.margin, '.4f')}")
         else:
@@ -116,11 +119,15 @@ def _not_shown(results: Results) -> str:
     Their numbers are in `Verdicts`, and are not said again.
     """
     rows = zip(contrast_rows(results), difference_rows(results), strict=True)
-    found = [row for row, drawn in rows if drawn.decided and not row.verdict.startswith("differs")]
+    tested = [row for row, drawn in rows if drawn.decided]
+    found = [row for row in tested if not row.verdict.startswith("differs")]
     seeds = results.config.seeds.reporting
+    if not tested:
+        return "no contrast of it has a verdict."
     if not found:
-        return "No tested contrast of it ended that way."
-    return "; ".join(f"{name(row.arm)} {phrase(row, seeds)} {name(row.against)}" for row in found) + "."
+        return "no tested contrast of it ended that way."
+    lead = "(exploratory) " if results.index["exploratory"] else ""
+    return lead + "; ".join(f"{name(r.arm)} {phrase(r, seeds)} {name(r.against)}" for r in found) + "."
 
 
 def _said(text: str) -> str:

@@ -3,7 +3,7 @@
 page.py         the page, written in one step
 opening.py      the first sentences, warnings, notes
 columns.py      the tables as typed columns
-results.py      the page's two tables
+results.py      the page's tables
 exports.py      the tables as CSV, Parquet, LaTeX, Markdown
 pictures.py     rows of figures to plotly's data, by comparisons.py, curves.py and costs.py
 traces.py       what the pictures share

@@ -10,9 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from rankwise.advice import Recommendation
 from rankwise.contrasts import ContrastRow, contrast_rows
-from rankwise.figures.rows import Cost
-from rankwise.figuretables import cost_rows, loss_points, rate_points, strategy_of
+from rankwise.figures.rows import Cost, band
+from rankwise.figuretables import cost_rows, failed_runs, loss_points, rate_points, strategy_of
+from rankwise.recommend import recommend
 from rankwise.stats import Paired
 from rankwise.tables import ArmRow, Results, arm_rows
 
@@ -21,7 +23,8 @@ NOTHING = "–"  # noqa: RUF001 (a dash where there is nothing to show)
 KINDS: dict[Any, Kind] = {str: "text", int: "whole", float: "number", bool: "flag"}
 FORMS = {
     "rate": "g", "perplexity": "#.4g", "token_accuracy": ".4f", "bits_per_byte": ".4f", "p": ".3g",
-    "p_holm": ".3g", "p_sign_flip": ".3g", "tokens_per_second": ".0f",
+    "p_holm": ".3g", "p_sign_flip": ".3g", "tokens_per_second": ".0f", "difference": "+.4f",
+    "upper_bound": "+.4f", "level": "g",
 }  # fmt: skip
 """How a number is written in LaTeX and Markdown, by column; others as `.4f`, or `.1f` for seconds."""
 
@@ -113,11 +116,15 @@ def tables(results: Results) -> list[Table]:
     Returns:
         arms: means over the reporting seeds, as `tables.arm_rows` makes them, with the 95 % interval.
         contrasts: the declared ones, with what may be said of them.
+        ladders: their plans, and how the tests of them ended; only of a study that declares some.
         learning_rates: each rate that was tried, on validation.
         costs: what a run of each arm took.
         runs: every run of the index with all its metrics.
     """
-    return [_arms(results), _contrasts(results), _rates(results), _costs(results), runs_table(results)]
+    ladders = [_ladders(results)] if results.config.ladders else []
+    return [
+        _arms(results), _contrasts(results), *ladders, _rates(results), _costs(results), runs_table(results)
+    ]  # fmt: skip
 
 
 def _arms(results: Results) -> Table:
@@ -147,9 +154,70 @@ def _contrasts(results: Results) -> Table:
         (column, lambda row, take=take: None if row.paired is None else take(row.paired))  # type: ignore[misc]
         for column, take in _fields(Paired)
     ]
-    fields = _fields(ContrastRow, leave=("paired",))
+    # What is no margin has no number: at 0 or below nothing can lie within it.
+    fields = [
+        (column, (lambda row: band([row.margin])[0]) if column.name == "margin" else take)
+        for column, take in _fields(ContrastRow, leave=("paired",))
+    ]
     return _table("contrasts", "The declared contrasts: primary metric of the arm minus that of the other.",
                   [*fields[:2], *paired, *fields[2:]], contrast_rows(results))  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LadderRow:
+    """One plan of a ladder, as every table of them shows it; None where there is nothing to show.
+
+    Attributes:
+        ladder, plan: their names.
+        parameters: trained, the mean over seeds.
+        loss: the mean over the finished reporting runs.
+        failed: reporting runs that are in no mean.
+        difference: mean loss minus that of the ladder's largest plan.
+        hardest_rival: the plan that this one is hardest to call no worse than.
+        upper_bound: of the difference to it, one-sided, at `level`.
+        level: of the test.
+        shown: whether it is shown to lose less than the margin against every plan of the ladder, in words.
+        chosen: whether it is the cheapest of the ladder that is.
+    """
+
+    ladder: str
+    plan: str
+    parameters: int | None
+    loss: float | None
+    failed: int
+    difference: float | None
+    hardest_rival: str | None
+    upper_bound: float | None
+    level: float | None
+    shown: str
+    chosen: bool
+
+
+def ladder_rows(answer: Recommendation) -> list[LadderRow]:
+    """Return the ladders' plans, each ladder's from the fewest parameters."""
+    words = {True: "yes", False: "no", None: "not tested"}
+    return [
+        LadderRow(
+            ladder=found.name,
+            plan=rung.arm,
+            parameters=rung.parameters,
+            loss=rung.loss,
+            failed=failed_runs(answer.results, rung.arm),
+            difference=rung.difference,
+            hardest_rival=rung.rival,
+            upper_bound=rung.rival_bound,
+            level=rung.level,
+            shown=words[rung.passed],
+            chosen=rung.arm == found.chosen,
+        )
+        for found in answer.ladders
+        for rung in found.rungs
+    ]
+
+
+def _ladders(results: Results) -> Table:
+    caption = "The ladders' plans: what they cost and lose, and how their tests against each other ended."
+    return _table("ladders", caption, _fields(LadderRow), ladder_rows(recommend(results)))
 
 
 def _rates(results: Results) -> Table:

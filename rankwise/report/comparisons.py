@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rankwise.figures.rows import Difference, LossPoint
+from rankwise.figures.rows import NO_MARGIN, Difference, LossPoint, band
 from rankwise.report.marks import fills, marker
 from rankwise.report.traces import (
+    FAILED,
     Picture,
     Trace,
     error_bar,
@@ -56,7 +57,7 @@ def loss_picture(points: Sequence[LossPoint], place: Mapping[str, int]) -> Pictu
         axis["range"] = log_room([*drawn.values()])
     table = [
         (place[p.arm], (p.arm, f"{p.parameters:,}", form(p.loss), interval(p.low, p.high),
-                        "yes" if p.frontier else "no")) for p in points
+                        "yes" if p.frontier else "no", str(p.failed))) for p in points
     ]  # fmt: skip
     about = (
         "Mean test loss over the reporting seeds at the arm's parameters, with its 95 % t-interval. "
@@ -64,7 +65,7 @@ def loss_picture(points: Sequence[LossPoint], place: Mapping[str, int]) -> Pictu
         "Arms of nearly equal parameters are spread sideways. An interval is of one arm by itself; only "
         "paired differences say whether two arms differ."
     )
-    columns = ("arm", "parameters", "test loss", "95 % interval", "on the frontier")
+    columns = ("arm", "parameters", "test loss", "95 % interval", "on the frontier", FAILED)
     layout = {
         "xaxis": axis,
         "yaxis": {"title": {"text": "test loss (nats per token)"}},
@@ -124,21 +125,22 @@ def forest(key: str, title: str, rows: Sequence[Difference], place: Mapping[str,
         traces.append({**trace, "x": [short(row.mean)], "marker": marker(row.strategy, fill, 9),
                        "hoverinfo": "text", "hovertext": [hover(row.arm, *told)],
                        **error_bar("x", row.mean, row.low, row.high, row.strategy)})  # fmt: skip
-    margin = next((row.margin for row in rows if row.margin is not None), None)
+    margin, none = band(row.margin for row in rows)
     whose = f" minus {label(rows[0].against, 30, 1)}" if one else ", arm minus the other"
     shapes: list[dict[str, Any]] = [upright(0, 0, "@ink")]
-    if margin is not None and margin > 0:
+    said = f" There is {NO_MARGIN}." if none else ""
+    if margin is not None:
         shapes.insert(0, upright(-margin, margin, "@edge", "@band"))
+        said = f" The band is the margin of equivalence, {margin:.4f} to either side."
     layout = {"xaxis": {"title": {"text": f"test loss{whose}"}, "zeroline": False}, "shapes": shapes,
               "hovermode": "closest"}  # fmt: skip
-    band = f" The band is the margin of equivalence, {margin:.4f} to either side." if margin else ""
     about = {
         "contrasts": "Paired differences over the seeds with 95 % paired t-intervals; hollow: no verdict.",
         "baseline": "For looking only: mean paired differences with 95 % paired t-intervals, none of them "
         "declared here and none with a verdict.",
     }[key]
     columns = ("arm", "against", "difference", "95 % interval", "verdict")
-    return Picture(key, title, about + band, traces, layout, columns, table, lines)
+    return Picture(key, title, about + said, traces, layout, columns, table, lines)
 
 
 def upright(low: float, high: float, edge: str, fill: str | None = None) -> dict[str, Any]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rankwise.figures.look import marked
 from rankwise.figures.rows import Cost, RankUse
 from rankwise.report.marks import marker
-from rankwise.report.traces import Picture, Trace, by_arm, form, hover, label, short
+from rankwise.report.traces import FAILED, Picture, Trace, by_arm, form, hover, label, short
 
 MOST_POINTS = 2500
 """Of rank use in one picture; with more, only each arm's own page draws them."""
@@ -15,7 +16,8 @@ MOST_POINTS = 2500
 
 def _cost_lines(key: str, rows: Sequence[Cost], place: Mapping[str, int]) -> list[dict[str, Any]]:
     return [
-        {"key": f"{key}{i}", "arm": place[row.arm], "label": label(row.arm, 28)} for i, row in enumerate(rows)
+        {"key": f"{key}{i}", "arm": place[row.arm], "label": label(marked(row.arm, row.failed), 28)}
+        for i, row in enumerate(rows)
     ]
 
 
@@ -32,14 +34,17 @@ def times(rows: Sequence[Cost], place: Mapping[str, int]) -> Picture:
                 "type": "bar", "orientation": "h", "arm": line["arm"], "y": [line["key"]],
                 "x": [short(seconds)],
                 "name": kind, "legendgroup": kind, "showlegend": line is lines[0], "hoverinfo": "text",
-                "hovertext": [hover(row.arm, f"{kind} {seconds:.1f} s")],
+                "hovertext": [hover(marked(row.arm, row.failed), f"{kind} {seconds:.1f} s")],
                 "marker": {"color": paints[kind], "line": {"color": "@edge", "width": 0.5}},
             })  # fmt: skip
-    table = [(place[r.arm], (r.arm, *(form(getattr(r, name), ".1f") for _, name in kinds))) for r in rows]
+    table = [
+        (place[r.arm], (r.arm, *(form(getattr(r, name), ".1f") for _, name in kinds), str(r.failed)))
+        for r in rows
+    ]
     layout = {"barmode": "stack", "xaxis": {"title": {"text": "seconds of a run"}}, "showlegend": True,
               "hovermode": "closest"}  # fmt: skip
-    about = "What a finished run of each arm took, the mean over its seeds. A probe is paid once per seed."
-    columns = ("arm", "probe (s)", "training (s)", "evaluation (s)")
+    about = "What a finished run of each arm took, the median over its seeds. A probe is paid once per seed."
+    columns = ("arm", "probe (s)", "training (s)", "evaluation (s)", FAILED)
     return Picture("times", "Time", about, traces, layout, columns, table, lines)
 
 
@@ -49,16 +54,19 @@ def memory(rows: Sequence[Cost], place: Mapping[str, int]) -> Picture:
     traces: list[Trace] = [
         {"type": "scatter", "mode": "markers", "arm": line["arm"], "y": [line["key"]],
          "x": [short(row.peak_bytes / 2**30)], "marker": marker(row.strategy, "", 9), "hoverinfo": "text",
-         "hovertext": [hover(row.arm, f"{row.peak_bytes / 2**30:.2f} GiB")]}
+         "hovertext": [hover(marked(row.arm, row.failed), f"{row.peak_bytes / 2**30:.2f} GiB")]}
         for line, row in zip(lines, rows, strict=True)
     ]  # fmt: skip
-    table = [(place[row.arm], (row.arm, f"{row.peak_bytes / 2**30:.2f}")) for row in rows]
+    table = [(place[row.arm], (row.arm, f"{row.peak_bytes / 2**30:.2f}", str(row.failed))) for row in rows]
     layout = {
         "xaxis": {"title": {"text": "peak memory (GiB)"}, "rangemode": "tozero"},
         "hovermode": "closest",
     }
-    about = "The highest peak over the arm's runs, the model included: the device's, or else the process's."
-    return Picture("memory", "Memory", about, traces, layout, ("arm", "peak (GiB)"), table, lines)
+    about = (
+        "The highest peak over the arm's finished runs, the model included: the device's, or else the "
+        "process's."
+    )
+    return Picture("memory", "Memory", about, traces, layout, ("arm", "peak (GiB)", FAILED), table, lines)
 
 
 def rank_use(rows: Sequence[RankUse], place: Mapping[str, int]) -> Picture:
@@ -66,7 +74,8 @@ def rank_use(rows: Sequence[RankUse], place: Mapping[str, int]) -> Picture:
     few = rows if len(rows) <= MOST_POINTS else []
     traces: list[Trace] = []
     for arm, points in by_arm(few).items():
-        told = [hover(arm, p.module, f"allotted {p.allotted}", f"used {p.used:.2f}") for p in points]
+        name = marked(arm, points[0].failed)
+        told = [hover(name, p.module, f"allotted {p.allotted}", f"used {p.used:.2f}") for p in points]
         look = marker(points[0].strategy, "-open", 7, opacity=0.75)
         traces.append({"type": "scatter", "mode": "markers", "arm": place[arm], "marker": look,
                        "x": [p.allotted for p in points], "y": [short(p.used) for p in points],
@@ -75,11 +84,11 @@ def rank_use(rows: Sequence[RankUse], place: Mapping[str, int]) -> Picture:
         most = max(row.allotted for row in few)
         traces.append({"type": "scatter", "mode": "lines", "x": [0, most], "y": [0, most],
                        "hoverinfo": "skip", "line": {"color": "@muted", "dash": "dash"}})  # fmt: skip
-    table = [(place[r.arm], (r.arm, r.module, str(r.allotted), f"{r.used:.2f}")) for r in few]
+    table = [(place[r.arm], (r.arm, r.module, str(r.allotted), f"{r.used:.2f}", str(r.failed))) for r in few]
     about = (
         "How much of each module's allotted rank the trained update uses; on the dashed line it is all used."
     )
     layout = {"xaxis": {"title": {"text": "rank allotted"}}, "hovermode": "closest",
               "yaxis": {"title": {"text": "rank used (stable rank)"}}}  # fmt: skip
-    columns = ("arm", "module", "allotted", "used")
+    columns = ("arm", "module", "allotted", "used", FAILED)
     return Picture("use", "Rank allotted against rank used", about, traces, layout, columns, table)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rankwise.figures.look import marked
 from rankwise.figures.rows import RatePoint, SeriesPoint
 from rankwise.report.marks import colour, dashes, fills, marker
-from rankwise.report.traces import Picture, Trace, by_arm, form, hover, interval, log_room, short
+from rankwise.report.traces import FAILED, Picture, Trace, by_arm, form, hover, interval, log_room, short
 
 
 def _series(rows: Sequence[SeriesPoint], place: Mapping[str, int], what: str, *, marks: bool) -> list[Trace]:
@@ -19,11 +20,12 @@ def _series(rows: Sequence[SeriesPoint], place: Mapping[str, int], what: str, *,
         points = [point for point in points if point.mean is not None]
         first = next(iter(arms[arm]))
         told = [
-            hover(arm, f"{what} {p.x:g}", f"loss {p.mean:.4f}", f"{interval(p.low, p.high)} over the seeds")
-            if p.low is not None
-            else hover(arm, f"{what} {p.x:g}", f"loss {p.mean:.4f}")
+            hover(
+                marked(arm, p.failed), f"{what} {p.x:g}", f"loss {p.mean:.4f}",
+                *([] if p.low is None else [f"{interval(p.low, p.high)} over the seeds"]),
+            )
             for p in points
-        ]
+        ]  # fmt: skip
         line = {
             "color": colour(first.strategy),
             "width": 1.6 if len(arms) <= 12 else 1.1,
@@ -76,16 +78,19 @@ def training(rows: Sequence[SeriesPoint], place: Mapping[str, int]) -> Picture:
     """Draw the training loss by optimizer step, one line per arm."""
     ends = [(arm, points[0], points[-1]) for arm, points in by_arm(rows).items()]
     table = [
-        (place[arm], (arm, f"{first.x:g}", form(first.mean), f"{last.x:g}", form(last.mean)))
+        (
+            place[arm],
+            (arm, f"{first.x:g}", form(first.mean), f"{last.x:g}", form(last.mean), str(last.failed)),
+        )
         for arm, first, last in ends
     ]
     about = (
         "Training loss by optimizer step, the mean over the reporting seeds that reached the step; the range "
-        "over seeds is drawn where an arm is opened."
+        "over seeds is drawn where an arm is opened. A run that failed counts up to the step where it did."
     )
     layout = {"xaxis": {"title": {"text": "optimizer step"}}, "hovermode": "closest",
               "yaxis": {"title": {"text": "training loss (nats per token)"}}}  # fmt: skip
-    columns = ("arm", "first step", "loss there", "last step", "loss there")
+    columns = ("arm", "first step", "loss there", "last step", "loss there", FAILED)
     traces = _series(rows, place, "step", marks=False)
     return Picture("curves", "Training curves", about, traces, layout, columns, table)
 
@@ -94,11 +99,12 @@ def sizes(rows: Sequence[SeriesPoint], place: Mapping[str, int]) -> Picture:
     """Draw the test loss by the number of training rows."""
     rows = [row for row in rows if row.arm in place]
     table = [
-        (place[r.arm], (r.arm, f"{r.x:,.0f}", form(r.mean), interval(r.low, r.high))) for r in rows
-    ]  # fmt: skip
+        (place[r.arm], (r.arm, f"{r.x:,.0f}", form(r.mean), interval(r.low, r.high), str(r.failed)))
+        for r in rows
+    ]
     about = "Mean test loss by the number of training rows, with the 95 % t-interval in the table."
     layout = {"xaxis": _tried(rows, "training rows"), "hovermode": "closest",
               "yaxis": {"title": {"text": "test loss (nats per token)"}}}  # fmt: skip
-    columns = ("arm", "training rows", "test loss", "95 % interval")
+    columns = ("arm", "training rows", "test loss", "95 % interval", FAILED)
     traces = _series(rows, place, "training rows", marks=True)
     return Picture("sizes", "Amount of data", about, traces, layout, columns, table)

@@ -16,7 +16,14 @@ def count(number: int, what: str) -> str:
 
 
 def opening(results: Results) -> str:
-    """Return what the study says so far, in one sentence."""
+    """Return what the study says so far, in one sentence; that it is exploratory comes first."""
+    if results.index["exploratory"]:
+        text = _opening(results)
+        return f"Exploratory: {text[0].lower()}{text[1:]}"
+    return _opening(results)
+
+
+def _opening(results: Results) -> str:
     config = results.config
     size = f"{count(len(config.arms), 'arm')} with {count(config.seeds.reporting, 'seed')}"
     if not any(row.done for row in arm_rows(results)):
@@ -81,7 +88,7 @@ def missing_runs(results: Results) -> tuple[int, int]:
     listed = {(run["arm"], run["seed"]) for run in results.index["runs"] if run["role"] == "reporting"}
     seeds = results.config.seeds.reported
     to_come = sum((arm, seed) not in listed for arm in arms for seed in seeds)
-    wanted = len(results.index["runs"]) + to_come
+    wanted = len({run["run_id"] for run in results.index["runs"]}) + to_come  # arms may share a run
     return wanted - len(results.records), wanted
 
 

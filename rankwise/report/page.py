@@ -16,15 +16,17 @@ from typing import Any
 
 import jinja2
 
+from rankwise.advice import Recommendation
 from rankwise.aside import replacing
 from rankwise.errors import RankwiseError, visible
 from rankwise.figuretables import strategy_of
+from rankwise.recommend import recommend
 from rankwise.report import opening, settings
 from rankwise.report.columns import Column, runs_table
 from rankwise.report.details import arm_details, budget_of
 from rankwise.report.marks import DASHES, known, outline, palette
 from rankwise.report.pictures import pictures
-from rankwise.report.results import contrast_lines, result_lines
+from rankwise.report.results import contrast_lines, ladder_lines, result_lines
 from rankwise.report.traces import Picture
 from rankwise.tables import Results
 
@@ -38,7 +40,7 @@ def write_report(
     *,
     data_text: Mapping[str, tuple[str, str]] | None = None,
     by_size: Mapping[int, Results] | None = None,
-    verdict: Sequence[str] = (),
+    settled: Sequence[str] = (),
 ) -> Path:
     """Write a study's report, one self-contained HTML file, in one step.
 
@@ -48,8 +50,7 @@ def write_report(
         data_text: Row hash -> (prompt, response), for a report that stays on one's own machine; without it
             row hashes alone appear.
         by_size: Training rows -> the study with so many of them, for curves over the amount of data.
-        verdict: Sentences that come first, such as a recommendation; without any, one is made from the
-            declared contrasts.
+        settled: What `datasizes.sentences` says of `by_size`: the answer, then its account.
 
     Returns:
         `out`.
@@ -59,7 +60,7 @@ def write_report(
 
     Cost: about 5 MB, nearly all of it plotly.js; some 20 ms per finished run, for its plan and its rows.
     """
-    text = page(results, data_text=data_text, by_size=by_size, verdict=verdict)
+    text = page(results, data_text=data_text, by_size=by_size, settled=settled)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with replacing(out) as aside:
@@ -74,19 +75,23 @@ def page(
     *,
     data_text: Mapping[str, tuple[str, str]] | None = None,
     by_size: Mapping[int, Results] | None = None,
-    verdict: Sequence[str] = (),
+    settled: Sequence[str] = (),
 ) -> str:
     """Return the report's HTML; arguments are those of `write_report`."""
     drawn = pictures(results, by_size)
+    answer = recommend(results) if results.config.ladders else None
     scripts = {"plotly": _plotly(), "program": _template_text("report.js")}
     context = {
         "config": results.config,
-        "verdict": list(verdict) or [opening.opening(results)],
+        "verdict": _verdict(results, answer, settled),
         "state": opening.state(results),
         "newest": _newest(results),
         "result": result_lines(results),
         "notes": opening.notes(results),
         "contrasts": contrast_lines(results),
+        "ladders": None if answer is None else ladder_lines(answer),
+        "account": [] if answer is None else answer.sentences()[1:],
+        "order": list(settled[1:]),
         "pictures": drawn,
         "filters": _filters(results),
         "variants": _variants(results),
@@ -105,6 +110,15 @@ def page(
         **scripts,
     }
     return _environment().get_template("report.html.j2").render(context)
+
+
+def _verdict(results: Results, answer: Recommendation | None, settled: Sequence[str]) -> list[str]:
+    """Return one sentence for each question that the study asks: a ladder, sizes of data, contrasts.
+
+    What each rests on has a section of its own, so that the table is not far below.
+    """
+    found = [*([] if answer is None else [answer.sentence()]), *settled[:1]]
+    return found if found and not results.config.contrasts else [*found, opening.opening(results)]
 
 
 def _environment() -> jinja2.Environment:

@@ -1,15 +1,17 @@
-"""The page's two tables, as cells of text: the arms, and the declared contrasts."""
+"""The page's tables, as cells of text: the arms, the declared contrasts, the ladders' plans."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from rankwise.advice import Recommendation
 from rankwise.contrasts import contrast_rows
+from rankwise.figures.rows import NO_MARGIN, band
 from rankwise.figuretables import loss_points
-from rankwise.report.columns import NOTHING
+from rankwise.report.columns import NOTHING, ladder_rows
 from rankwise.report.details import budget_of, ends
-from rankwise.report.traces import form, interval
+from rankwise.report.traces import FAILED, form, interval
 from rankwise.tables import ArmRow, Results, arm_rows
 
 
@@ -127,6 +129,34 @@ def contrast_lines(results: Results) -> Lines:
             form(p.detectable if p else None),
         ]  # fmt: skip
         lines.append((place[row.arm], [row.arm, row.against, row.verdict, *numbers]))
-    band = rows[0].margin if rows else None
-    shared = f"margin of equivalence {band:.4f} to either side" if band is not None else ""
+    margin, none = band(row.margin for row in rows)
+    shared = NO_MARGIN if none else ""
+    if margin is not None:
+        shared = f"margin of equivalence {margin:.4f} to either side"
     return Lines(columns, [False] * 3 + [True] * 6, lines, shared)
+
+
+def ladder_lines(answer: Recommendation) -> Lines:
+    """Return the plans of the study's ladders, each ladder's from the fewest parameters."""
+    place = {arm: i for i, arm in enumerate(answer.results.config.arms)}
+    columns = [
+        ("plan", "name of the arm"), ("ladder", "as declared"),
+        ("shown", "whether it is shown to lose less than the margin against every plan of the ladder"),
+        ("parameters", "trained, mean over seeds"), ("loss", "mean test loss, nats per response token"),
+        ("to largest", "mean loss minus that of the ladder's largest plan, over the seeds of both"),
+        ("hardest rival", "the plan of the ladder that this one is hardest to call no worse than"),
+        ("at most", "upper bound of the loss minus that rival's, one-sided, at the level"),
+        ("level", "of the test; the ladders' tests together stay within 5 %"),
+        (FAILED, "of the arm; in no mean"),
+    ]  # fmt: skip
+    lines: list[tuple[int | None, list[str]]] = [
+        (place[row.plan], [
+            row.plan, row.ladder, row.shown + ", the cheapest" * row.chosen, form(row.parameters, ",d"),
+            form(row.loss), form(row.difference, "+.4f"), row.hardest_rival or NOTHING,
+            form(row.upper_bound, "+.4f"),
+            NOTHING if row.level is None else f"{100 * row.level:.2f} %", str(row.failed),
+        ]) for row in ladder_rows(answer)
+    ]  # fmt: skip
+    margin, none = band([answer.margin])
+    shared = NO_MARGIN if none else "" if margin is None else f"the margin is {margin:.4f}"
+    return Lines(columns, [False] * 3 + [True] * 3 + [False] + [True] * 3, lines, shared)

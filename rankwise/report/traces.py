@@ -18,6 +18,8 @@ from rankwise.report.marks import colour
 
 Trace = dict[str, Any]
 Line = tuple[int, tuple[str, ...]]
+FAILED = "failed runs"
+"""Heading of the column that tells, in a table of means over the runs that are done, what they leave out."""
 
 
 @dataclass(frozen=True)

@@ -82,8 +82,11 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         name: write_report(Results(Store(ROOT / "results", name)), folder / f"{name}.html") for name in REAL
     }
     found["quickstart"] = write_report(quickstart(folder), folder / "quickstart.html")
-    made = made_up(folder, failed={TEX: 2})
-    found["made-up"] = write_report(made, folder / "made-up.html", data_text=DATA_TEXT)
+    made = made_up(
+        folder, failed={TEX: 2}, ladders={"uniform": ["uniform", "spectral"], EVIL: ["spectral", TEX]}
+    )
+    settled, out = ("The order settles.", "From 4 rows on it is the same."), folder / "made-up.html"
+    found["made-up"] = write_report(made, out, data_text=DATA_TEXT, settled=settled)
     return found
 
 
@@ -368,6 +371,25 @@ def test_data_and_names_that_are_code_elsewhere_show_as_text(browser: Any, pages
     )
     assert set(parts) == {"q", "v<b>"}
     assert browser.execute_script("return document.scripts.length") == 3
+    assert browser.execute_script("return window.alerts") == [] and faults(browser) == []
+
+
+def test_the_ladders_account_lies_below_the_table(browser: Any, pages: dict[str, Path]):
+    opened(browser, pages["made-up"], PHONE)
+    lies = "return document.querySelector(arguments[0]).getBoundingClientRect().top"
+    order = "header .verdict|nav|#result table|#ladders table|#ladders li|#order|#pictures".split("|")
+    tops = [browser.execute_script(lies, place) for place in order]
+    assert tops == sorted(tops)
+    browser.find_element(By.LINK_TEXT, "Recommendation").click()
+    assert abs(browser.execute_script(lies, "#ladders")) < 2
+    tick(browser, "strategy", "spectral")  # the filter acts on its table too
+    rows = browser.find_elements(By.CSS_SELECTOR, "#ladders tbody tr")
+    plans = [row.get_attribute("textContent").split()[0] for row in rows]
+    assert [row.is_displayed() for row in rows] == [plan != "spectral" for plan in plans]
+    assert plans.count("spectral") == 2
+    browser.find_element(By.CSS_SELECTOR, '#ladders [data-open="0"]').click()
+    assert browser.find_element(By.ID, "arm-title").text == "uniform"
+    assert EVIL in browser.find_element(By.ID, "ladders").get_attribute("textContent")
     assert browser.execute_script("return window.alerts") == [] and faults(browser) == []
 
 

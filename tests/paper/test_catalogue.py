@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
+import statistics
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from rankwise.contrasts import contrast_rows
@@ -87,6 +91,16 @@ def test_a_macro_is_one_line_with_its_source(six: Desk):
     assert loss.body == f"{row.loss:.4f}" and "nats" in loss.unit and "spectral" in loss.source
 
 
+def test_the_spread_of_pairs_is_that_of_differences_to_the_uniform_arm(six: Desk):
+    losses = {arm: np.array(list(six.results.losses(arm).values())) for arm in ("uniform", "spectral", EVIL)}
+    apart = [losses[arm] - losses["uniform"] for arm in ("spectral", EVIL)]
+    wanted = math.sqrt(statistics.fmean(np.var(found, ddof=1) for found in apart))
+    macros = six.offer().macros.macros
+    assert macros["madeUpBudgetRTwoOverPairs"].body == f"{wanted:.4f}"
+    alone = math.sqrt(statistics.fmean(np.var(found, ddof=1) for found in losses.values()))
+    assert macros["madeUpBudgetRTwoOverSeeds"].body == f"{alone:.4f}" != f"{wanted:.4f}"
+
+
 # --- verdicts -------------------------------------------------------------------------------------
 
 
@@ -117,6 +131,16 @@ def test_a_study_with_few_seeds_has_no_verdict_words(tmp_path: Path):
     for piece in tables:
         text = b"".join(piece.make().values()).decode()
         assert not WORDS.search(text), piece.name
+
+
+def test_exploratory_goes_with_every_sentence_of_what_was_found(tmp_path: Path):
+    place = desk(tmp_path)
+    place.results.index["exploratory"] = True
+    (place.results.store.folder / "study.json").write_text(json.dumps(place.results.index))
+    macros = place.offer().macros.macros
+    assert macros["madeUpOpening"].body.startswith("Exploratory: ")
+    assert macros["madeUpNotShown"].body.startswith("(exploratory) ")
+    assert "changed after its first run" in macros["madeUpState"].body
 
 
 def test_a_failed_run_takes_the_verdict(tmp_path: Path):

@@ -68,6 +68,7 @@ def test_a_sound_paper_has_no_faults(clean: Clean):
         (r"\label{fig:lonely}", "unused results.tex:1 no text refers to fig:lonely"),
         (r"\newcommand{\idle}{x}", "unused results.tex:1 \\idle is defined and never used"),
         (r"\citep{keys}", "citation results.tex:1 no entry keys; did you mean key?"),
+        (r"\includegraphics[width=0.8\linewidth]{figure2}", "picture results.tex:1 '\\\\includegraphics'"),
         (r"\madeUpSpectralGain nats", "space results.tex:1 write \\madeUpSpectralGain{}"),
     ],
 )  # fmt: skip
@@ -80,7 +81,6 @@ def test_each_rule_fires(clean: Clean, line: str, wanted: str):
     "line",
     [
         r"\label{sec:2} See \ref{sec:2}.",
-        r"\includegraphics[width=0.8\linewidth]{figure2}",
         r"\url{https://example.org/2026}",
         r"$\lVert x \rVert$",
         r"% 3 better arms",
@@ -97,6 +97,32 @@ def test_digits_may_stand_in_the_method_and_verdicts_nowhere(clean: Clean):
     found = clean.faults(RESULTS + r"\input{sections/method}" + "\n")
     method.unlink()
     assert len(found) == 1 and found[0].startswith("verdict method.tex:2")
+
+
+@pytest.mark.parametrize(
+    ("definition", "wanted"),
+    [
+        (r"\newcommand{\mine}{1.63}", "number main.tex:1 '1.63'"),
+        (r"\newcommand*\mine[1]{{#1} it is better}", "verdict main.tex:1 'better'"),
+        (r"\def\mine#1{loses 2 nats}", "number main.tex:1 '2'"),
+        (r"\newcommand{\mine}[2]{\footnotesize\hspace{4pt}#2 \vspace{0.5 em}}", None),
+    ],
+)
+def test_a_definition_is_no_way_round_the_rules(clean: Clean, definition: str, wanted: str | None):
+    main = clean.desk.paper_folder / "main.tex"
+    before = main.read_text()
+    main.write_text(f"{definition}\n{before}")
+    found = clean.faults(RESULTS + r"\mine{}" + "\n")
+    main.write_text(before)
+    assert [text.startswith(str(wanted)) for text in found] == [True] * (wanted is not None), found
+
+
+def test_numbers_of_the_method_are_not_to_be_carried_out_of_it(clean: Clean):
+    method = clean.desk.paper_folder / "sections" / "method.tex"
+    method.write_text("At 5 per cent.\n" + r"\newcommand{\mine}{1.63}" + "\n")
+    found = clean.faults(r"\input{sections/method}" + RESULTS + r"\mine{}" + "\n")
+    method.unlink()
+    assert len(found) == 1 and found[0].startswith("number method.tex:2 '1.63'")
 
 
 def test_a_file_that_nothing_reads_is_a_fault(clean: Clean):

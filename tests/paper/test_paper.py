@@ -62,6 +62,22 @@ def test_the_bundle_holds_what_is_used_and_nothing_else(made: tuple[Desk, list[s
 
 
 @needs_tex
+def test_a_style_and_a_picture_of_ones_own_are_in_the_bundle(tmp_path: Path):
+    place = desk(tmp_path)
+    main = place.paper_folder / "main.tex"
+    main.write_text(
+        main.read_text().replace(r"\begin{document}", "\\usepackage{own}\n\\begin{document}\n\\own")
+    )
+    picture = next(path for path in place.write() if path.endswith(".pdf"))
+    (place.paper_folder / "own.pdf").write_bytes((place.generated / picture).read_bytes())
+    (place.paper_folder / "own.sty").write_text("\\newcommand{\\own}{\\includegraphics{own.pdf}}\n")
+    _, faults = place.work().make(arxiv=True)
+    assert not faults
+    with tarfile.open(place.paper_folder / "build" / "arxiv.tar.gz") as tar:
+        assert {"own.sty", "own.pdf"} < set(tar.getnames())
+
+
+@needs_tex
 def test_a_bundle_that_lacks_a_piece_is_not_handed_out(made: tuple[Desk, list[str]]):
     place, _ = made
     with tarfile.open(place.paper_folder / "build" / "arxiv.tar.gz") as tar:
