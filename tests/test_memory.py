@@ -234,6 +234,15 @@ def test_no_verdict_words_under_6_seeds(tmp_path: Path, seeds: int):
         assert not VERDICT_WORDS.search(texts(tmp_path)[name].decode()), name
 
 
+def test_a_whole_screening_speaks_before_a_verdict_that_is_not_in(tmp_path: Path):
+    project(tmp_path, seeds=3, wanted=8, contrasts=["spectral"])
+    study(tmp_path, made_up(tmp_path / "other", seeds=3, contrasts=[]), "a-whole-one")
+    (tmp_path / "other" / "made-up").rename(tmp_path / "results" / "a-whole-one")
+    written(tmp_path)
+    learnt = part(tmp_path, "active-focus", "learnt")
+    assert learnt.index("**a-whole-one**") < learnt.index("**made-up**")
+
+
 def test_failures_are_told_with_reason_and_record_and_come_first(tmp_path: Path):
     project(tmp_path, failed={"spectral": 2}, contrasts=["spectral"])
     written(tmp_path)

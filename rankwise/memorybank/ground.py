@@ -40,9 +40,10 @@ class Ground:
 
     @cached_property
     def reported(self) -> list[Case]:
-        """Those with a finished reporting run: seeds enough for a verdict first, then the largest."""
+        """Those with a finished reporting run: whole ones first, of these seeds enough for verdicts."""
         found = [case for case in self.begun if case.reported]
-        return sorted(found, key=lambda case: (case.screens, -sum(row.done for row in case.arms), case.name))
+        done = {case.name: sum(row.done for row in case.arms) for case in found}
+        return sorted(found, key=lambda c: (c.state != "whole", c.screens, -done[c.name], c.name))
 
     @cached_property
     def advice(self) -> dict[str, Recommendation]:
