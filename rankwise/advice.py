@@ -301,13 +301,8 @@ class Recommendation:
             for rung in found.rungs:
                 mark = " <" if rung.arm == found.chosen else ""
                 table.add_row(*(escape(visible(cell)) for cell in _cells(rung, mark)))
-        usable = self.margin is not None and self.margin > 0
-        lines = [
-            f"margin {self.margin:.4f}; <: the cheapest that is shown to be within it of every plan of its "
-            "ladder"
-            if usable
-            else "no margin"
-        ]
+        margin = contrasts.margin_words(self.results) or "the margin is not known yet"
+        lines = [f"{margin}; <: the cheapest that is shown to be within it of every plan of its ladder"]
         lines += [
             f"ladder {one.name!r}: no verdict: {'; '.join(one.faults)}" for one in self.ladders if one.faults
         ]

@@ -63,13 +63,31 @@ def _compare(results: Results, arm: str, against: str, contrasts: int) -> stats.
     return stats.paired(found, contrasts=contrasts, generator=generator(0, "sign flip", arm, against))
 
 
-def margin(results: Results) -> float | None:
-    """Return the margin of equivalence in the metric's unit: a share of the baseline's gain."""
+def baseline_gain(results: Results) -> float | None:
+    """Return what the baseline gains over the untouched model in the metric's unit; None while unknown."""
     untouched, baseline = results.untouched(), results.config.baseline
     losses = list(results.losses(baseline).values()) if baseline else []
-    if untouched is None or not losses:
-        return None
-    return results.config.margin * (untouched - statistics.fmean(losses))
+    return None if untouched is None or not losses else untouched - statistics.fmean(losses)
+
+
+def margin(results: Results) -> float | None:
+    """Return the margin of equivalence in the metric's unit: a share of the baseline's gain.
+
+    None while that is unknown, and where the baseline gains nothing: nothing lies within a share of that.
+    """
+    gain = baseline_gain(results)
+    return results.config.margin * gain if gain is not None and gain > 0 else None
+
+
+def margin_words(results: Results) -> str:
+    """Return the margin as tables tell it, or why there is none; empty while it is unknown."""
+    band = margin(results)
+    if band is not None:
+        return (
+            f"margin {band:.4f}, {100 * results.config.margin:.3g} % of what {results.config.baseline} gains"
+        )
+    known = baseline_gain(results) is not None
+    return "no margin: the baseline gains nothing over the untouched model" if known else ""
 
 
 def _untested(results: Results, pair: tuple[str, str]) -> str | None:
@@ -88,7 +106,7 @@ def _contrast_row(
     p_holm: float | None,
 ) -> ContrastRow:  # fmt: skip
     band = margin(results)
-    within = band is not None and band > 0 and paired is not None and _equivalent(results, pair, band)
+    within = band is not None and paired is not None and _equivalent(results, pair, band)
     if untested is not None:
         verdict = untested
     elif results.config.seeds.reporting < SCREENING_BELOW or paired is None or p_holm is None:

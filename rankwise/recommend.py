@@ -108,8 +108,8 @@ def _faults(results: Results, arms: Sequence[str], margin: float | None) -> list
         faults.append("the model without an adapter has not been measured")
     if seeds < SCREENING_BELOW:
         faults.append(f"the study screens with {count(seeds, 'seed')}, and a verdict takes {SCREENING_BELOW}")
-    if margin is not None and not margin > 0 and not missing.get(baseline) and not failed[baseline]:
-        gain = margin / config.margin
+    gain = contrasts.baseline_gain(results)
+    if gain is not None and margin is None and not missing.get(baseline) and not failed[baseline]:
         faults.append(
             f"{baseline} gains nothing over the model without an adapter ({gain:+.4f}), so there is no margin"
         )

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.progress import TimeRemainingColumn as Remaining
 from rich.table import Table
 
-from rankwise.contrasts import ContrastRow, contrast_rows
+from rankwise.contrasts import ContrastRow, contrast_rows, margin_words
 from rankwise.errors import visible
 from rankwise.observer import Observer
 from rankwise.store import Store
@@ -127,9 +127,8 @@ def contrast_table(results: Results) -> Table:
     for place in range(len(rows)):
         table.add_row(*(escape(found[place]) for found in cells.values()))
     lines = [f"{row.arm} against {row.against}: {row.verdict}" for row in rows]
-    if rows and (margin := rows[0].margin) is not None:
-        said = f"margin of equivalence {margin:.4f}" if margin > 0 else "no margin, as nothing is gained"
-        lines.append(f"{said}; p flip: the exact sign-flip test")
+    if rows and (margin := margin_words(results)):
+        lines.append(f"{margin}; p flip: the exact sign-flip test")
         if "bootstrap" in cells:
             lines.append("the paired t-interval decides; bootstrap: 95 %, of new seeds and new test rows")
     table.caption = "\n".join(map(escape, lines))

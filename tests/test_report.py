@@ -17,17 +17,17 @@ import yaml
 
 from rankwise import figuretables
 from rankwise.config import StudyConfig
-from rankwise.contrasts import contrast_rows
+from rankwise.contrasts import contrast_rows, margin_words
 from rankwise.errors import RankwiseError
-from rankwise.figures import LOOKS
+from rankwise.figures import LOOKS, look
 from rankwise.figures.rows import RankUse
 from rankwise.recommend import recommend
 from rankwise.report import export_tables, write_report
 from rankwise.report.columns import ladder_rows, tables
 from rankwise.report.details import row_differences
-from rankwise.report.marks import SYMBOLS
+from rankwise.report.marks import SYMBOLS, dashes
 from rankwise.report.opening import missing_runs, opening, state, warnings
-from rankwise.report.page import page
+from rankwise.report.page import DASH_ARRAYS, page
 from rankwise.report.pictures import pictures
 from rankwise.report.settings import study_yaml
 from rankwise.store import Store
@@ -129,7 +129,8 @@ def test_a_study_with_ladders_opens_with_a_sentence_for_each_question(tmp_path: 
     for row in ladder_rows(answer):
         shown = row.shown + (", the cheapest" if row.chosen else "")
         assert f"{row.plan} {row.ladder} {shown} {row.parameters} {row.loss:.4f}" in below
-    assert f"The margin is {answer.margin:.4f}." in below and "<script" not in section
+    said = margin_words(made)
+    assert f"{said[0].upper()}{said[1:]}." in below and "<script" not in section
     bare = page(made_up(tmp_path / "bare", ladders=LADDERS, contrasts=[]))
     assert len(paragraphs(bare)) == 1  # that no contrast is declared is no answer where ladders are
 
@@ -165,13 +166,19 @@ def test_a_baseline_that_gains_nothing_gives_no_margin(tmp_path: Path):
     read = Reader(page(made))
     none = "no margin: the baseline gains nothing over the untouched model"
     for picture in (p for p in pictures(made) if p.key in ("contrasts", "baseline")):
-        assert picture.about.endswith(f"There is {none}.")
+        assert "margin" not in picture.about
         assert [shape["type"] for shape in picture.layout["shapes"]] == ["line"]
     assert read.text.count(f"N{none[1:]}.") == 2  # below the contrasts and below the ladders
-    assert "of equivalence -" not in read.text
+    assert "margin -" not in read.text
     contrasts = next(table for table in tables(made) if table.name == "contrasts")
     place = [column.name for column in contrasts.columns].index("margin")
     assert {row[place] for row in contrasts.rows} == {None}
+
+
+def test_the_budgets_of_a_ladder_have_dashes_of_their_own():
+    drawn = dashes(["r=1", "r=2", "r=4", "r=8", "r=16"])
+    assert len(set(drawn.values())) == 5 and len(set(look.DASHES)) == 5
+    assert len({DASH_ARRAYS[line] for line in drawn.values()}) == 5
 
 
 def test_pictures_hold_the_rows_of_the_figures(results: Results, read: Reader):

@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 
 from rankwise import cli, stats
 from rankwise.config import StudyConfig
-from rankwise.contrasts import ContrastRow, contrast_rows
+from rankwise.contrasts import ContrastRow, contrast_rows, margin_words
 from rankwise.errors import RankwiseError
 from rankwise.observer import Observer
 from rankwise.power import noninferior_power, provable_margin
@@ -168,7 +168,9 @@ def test_verdicts(copy: Path, shift: float, noise: float, verdict: str):
 def test_no_gain_no_margin(copy: Path):
     edit(copy, "untouched", 0, lambda r: r["train_info"]["metrics"].update(test_loss=1.0))
     set_losses(copy, uniform=base_losses(), decay=[loss + 0.5 for loss in base_losses()])
-    assert contrast(copy).verdict == "differs: higher loss", "that needs no margin"
+    row = contrast(copy)
+    assert row.verdict == "differs: higher loss" and row.margin is None, "that needs no margin"
+    assert margin_words(results_in(copy)).startswith("no margin: the baseline gains nothing")
     same = [loss + 1e-6 * sign for loss, sign in zip(base_losses(), (1, -1) * 3, strict=True)]
     set_losses(copy, uniform=base_losses(), decay=same)
     assert contrast(copy).verdict.startswith("no difference shown"), (

@@ -26,7 +26,7 @@ from rankwise.figures.look import (
     shown,
     styled,
 )
-from rankwise.figures.rows import NO_MARGIN, Difference, ExampleDifferences, LossPoint, band
+from rankwise.figures.rows import Difference, ExampleDifferences, LossPoint
 
 LOSS = "test loss (nats per token)"
 
@@ -144,7 +144,7 @@ def paired_differences(
     """
     tight = narrow(ax)
     ax.axvline(0, color=BLACK, linewidth=0.7, zorder=1)
-    margin, none = band(row.margin for row in rows)
+    margin = next((row.margin for row in rows if row.margin is not None), None)
     if margin is not None:
         ax.axvspan(-margin, margin, facecolor="#E9E9E9", edgecolor="#BBBBBB", linewidth=0.5, zorder=0)
     for y, row in enumerate(rows):
@@ -168,8 +168,6 @@ def paired_differences(
         entries.append((mark, "no verdict"))
     if margin is not None:
         entries.append((Patch(facecolor="#E9E9E9", edgecolor="#BBBBBB"), "margin of equivalence"))
-    if none:
-        entries.append((Line2D([], [], linestyle="none"), NO_MARGIN.partition(" over")[0]))
     figure = ax.get_figure(root=True)
     assert figure is not None
     handles, names = zip(*entries, strict=True)

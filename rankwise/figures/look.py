@@ -62,7 +62,7 @@ LOOKS: dict[str, Look] = {
 """Strategy -> colour and marker, the same in every picture. One that is not named here is a grey dot."""
 
 STRANGER: Look = (GREY, ".")
-DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.2, 1, 1.2)))
+DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.2, 1, 1.2)), (0, (8, 2)))
 FILLS = ("none", "left", "bottom", "right", "top")
 KEY_WIDTH = 25
 """Characters of a line of the key: two columns of them fit a narrow figure."""

@@ -5,11 +5,7 @@ A loss is in nats per label token. An interval is (low, high), both None where t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-
-NO_MARGIN = "no margin: the baseline gains nothing over the untouched model"
-"""What stands where a margin of equivalence would."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +34,7 @@ class Difference:
     """A paired difference of losses, arm minus `against`; mean None where too few runs are done.
 
     Attributes:
-        margin: of equivalence, to both sides of zero; None where it is not known. At 0 or below, where the
-            baseline gains nothing, there is none: see `band`.
+        margin: of equivalence, to both sides of zero; None where there is none, or none is known.
         decided: whether the verdict is one; if not, the point is drawn hollow.
     """
 
@@ -52,16 +47,6 @@ class Difference:
     margin: float | None
     verdict: str
     decided: bool
-
-
-def band(margins: Iterable[float | None]) -> tuple[float | None, bool]:
-    """Return the rows' common margin of equivalence, and whether it is known that there is none.
-
-    A baseline that ends no better than the untouched model gives a share of nothing, or of less than nothing:
-    no band can be drawn of that, and nothing lies within it.
-    """
-    known = next((margin for margin in margins if margin is not None), None)
-    return (known, False) if known is None or known > 0 else (None, True)
 
 
 @dataclass(frozen=True)

@@ -133,7 +133,7 @@ def _spread(ground: Ground, case: Case) -> list[Marked]:
 def _margin(case: Case, sd: float) -> str:
     assert case.results is not None
     band = contrasts.margin(case.results)
-    if band is None or band <= 0:
+    if band is None:
         return ""
     needed = power.seeds_for_equivalent(band, sd)
     takes = (

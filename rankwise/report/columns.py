@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from rankwise.advice import Recommendation
 from rankwise.contrasts import ContrastRow, contrast_rows
-from rankwise.figures.rows import Cost, band
+from rankwise.figures.rows import Cost
 from rankwise.figuretables import cost_rows, failed_runs, loss_points, rate_points, strategy_of
 from rankwise.recommend import recommend
 from rankwise.stats import Paired
@@ -154,11 +154,7 @@ def _contrasts(results: Results) -> Table:
         (column, lambda row, take=take: None if row.paired is None else take(row.paired))  # type: ignore[misc]
         for column, take in _fields(Paired)
     ]
-    # What is no margin has no number: at 0 or below nothing can lie within it.
-    fields = [
-        (column, (lambda row: band([row.margin])[0]) if column.name == "margin" else take)
-        for column, take in _fields(ContrastRow, leave=("paired",))
-    ]
+    fields = _fields(ContrastRow, leave=("paired",))
     return _table("contrasts", "The declared contrasts: primary metric of the arm minus that of the other.",
                   [*fields[:2], *paired, *fields[2:]], contrast_rows(results))  # fmt: skip
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rankwise.figures.rows import NO_MARGIN, Difference, LossPoint, band
+from rankwise.figures.rows import Difference, LossPoint
 from rankwise.report.marks import fills, marker
 from rankwise.report.traces import (
     FAILED,
@@ -125,10 +125,10 @@ def forest(key: str, title: str, rows: Sequence[Difference], place: Mapping[str,
         traces.append({**trace, "x": [short(row.mean)], "marker": marker(row.strategy, fill, 9),
                        "hoverinfo": "text", "hovertext": [hover(row.arm, *told)],
                        **error_bar("x", row.mean, row.low, row.high, row.strategy)})  # fmt: skip
-    margin, none = band(row.margin for row in rows)
+    margin = next((row.margin for row in rows if row.margin is not None), None)
     whose = f" minus {label(rows[0].against, 30, 1)}" if one else ", arm minus the other"
     shapes: list[dict[str, Any]] = [upright(0, 0, "@ink")]
-    said = f" There is {NO_MARGIN}." if none else ""
+    said = ""
     if margin is not None:
         shapes.insert(0, upright(-margin, margin, "@edge", "@band"))
         said = f" The band is the margin of equivalence, {margin:.4f} to either side."

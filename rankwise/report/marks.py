@@ -38,7 +38,7 @@ SYMBOLS: dict[str, tuple[str, int]] = {
 """Strategy -> plotly's name of the marker that `figures.look.LOOKS` has, and its turn in degrees."""
 
 STRANGER_SYMBOL = ("circle-dot", 0)
-DASHES = ("solid", "dash", "dot", "dashdot")
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 """As `figures.look.DASHES`, one per budget."""
 FILLS = ("-open", "-open-dot", "-dot")
 """One per variant, such as a scale rule; none is full."""

@@ -31,7 +31,7 @@ from rankwise.report.traces import Picture
 from rankwise.tables import Results
 
 TEMPLATES = Path(__file__).parent.parent / "templates"
-DASH_ARRAYS = {"solid": "", "dash": "5 3", "dot": "1.5 2.5", "dashdot": "6 2 1.5 2"}
+DASH_ARRAYS = {"solid": "", "dash": "5 3", "dot": "1.5 2.5", "dashdot": "6 2 1.5 2", "longdash": "10 3"}
 
 
 def write_report(

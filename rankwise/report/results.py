@@ -6,8 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from rankwise.advice import Recommendation
-from rankwise.contrasts import contrast_rows
-from rankwise.figures.rows import NO_MARGIN, band
+from rankwise.contrasts import contrast_rows, margin_words
 from rankwise.figuretables import loss_points
 from rankwise.report.columns import NOTHING, ladder_rows
 from rankwise.report.details import budget_of, ends
@@ -129,11 +128,7 @@ def contrast_lines(results: Results) -> Lines:
             form(p.detectable if p else None),
         ]  # fmt: skip
         lines.append((place[row.arm], [row.arm, row.against, row.verdict, *numbers]))
-    margin, none = band(row.margin for row in rows)
-    shared = NO_MARGIN if none else ""
-    if margin is not None:
-        shared = f"margin of equivalence {margin:.4f} to either side"
-    return Lines(columns, [False] * 3 + [True] * 6, lines, shared)
+    return Lines(columns, [False] * 3 + [True] * 6, lines, margin_words(results) if rows else "")
 
 
 def ladder_lines(answer: Recommendation) -> Lines:
@@ -157,6 +152,5 @@ def ladder_lines(answer: Recommendation) -> Lines:
             NOTHING if row.level is None else f"{100 * row.level:.2f} %", str(row.failed),
         ]) for row in ladder_rows(answer)
     ]  # fmt: skip
-    margin, none = band([answer.margin])
-    shared = NO_MARGIN if none else "" if margin is None else f"the margin is {margin:.4f}"
-    return Lines(columns, [False] * 3 + [True] * 3 + [False] + [True] * 3, lines, shared)
+    said = margin_words(answer.results)
+    return Lines(columns, [False] * 3 + [True] * 3 + [False] + [True] * 3, lines, said)
