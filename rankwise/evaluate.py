@@ -56,8 +56,9 @@ def evaluate(
         for batch in engine.batches(rows, micro_tokens):
             scores = engine.score(model, batch)
             where = [place[id(row)] for row in batch]
-            for name, values in columns.items():
-                values[where] = getattr(scores, name).double().cpu().numpy()
+            found = torch.stack([getattr(scores, name).double() for name in columns]).cpu().numpy()
+            for values, part in zip(columns.values(), found, strict=True):
+                values[where] = part
             on_tokens(sum(len(row.input_ids) for row in batch))
     finally:
         model.train(was_training)

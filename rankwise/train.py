@@ -165,11 +165,11 @@ def _one_step(
     optimizer.zero_grad(set_to_none=True)
     for batch in engine.batches(rows, config.micro_tokens):
         loss = engine.score(model, batch).nll.sum() / labels
-        value = loss.item()
+        loss.backward()
+        value = loss.item()  # after the backward: reading it makes a GPU wait
         if not math.isfinite(value):
             where = first_not_finite(model, batch, engine.score)
             raise Diverged(step, f"the loss is {value}; the first bad output is of {where}", last)
-        loss.backward()
         del loss  # else its graph would live on beside the next one
         total += value
     if penalty is not None:

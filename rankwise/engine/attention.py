@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.modeling_utils import AttentionInterface
 
 from rankwise.engine.packing import Pack, Span
@@ -22,6 +23,13 @@ BLOCK = 128
 
 KEPT = 512
 """Up to this many tokens seen, a row's probabilities are kept for the backward; past it they are remade."""
+
+WHOLE = 4096
+"""Up to this many tokens a GPU computes a pack in one call under a mask: starting a kernel costs more there
+than the scores that the mask throws away. Longer packs go row by row."""
+
+KERNELS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""Those that take a mask; cuDNN's would be planned anew for every length."""
 
 KNOWN = {"is_causal", "position_ids", "use_cache", "output_attentions", "cache_position", "layer_idx"}
 """Arguments that models pass along and that change nothing here; any other one is refused."""
@@ -78,12 +86,35 @@ def packed_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if _blocked(query, dropout, softcap):
         return _Blocked.apply(query, key, value, pack, scale, sliding_window).unsqueeze(0), None
+    if query.device.type == "cuda" and pack.tokens <= WHOLE and softcap is None:
+        return at_once(query, key, value, pack, scale, dropout, sliding_window), None
     return by_rows(query, key, value, pack, scale, dropout, sliding_window, softcap), None
 
 
 def _blocked(query: torch.Tensor, dropout: float, softcap: float | None) -> bool:
     """Whether the blocked kernel takes it: it was measured faster than SDPA for fp32 on CPU (LOG.md)."""
     return query.device.type == "cpu" and query.dtype == torch.float32 and not dropout and softcap is None
+
+
+def at_once(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pack: Pack,
+    scale: float,
+    dropout: float = 0.0,
+    window: int | None = None,
+) -> torch.Tensor:
+    """All rows in one call of SDPA, kept apart by a mask: one kernel instead of several for each row."""
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
+    mask = pack.mask_of_all(window, query.dtype)
+    with sdpa_kernel(KERNELS):
+        out = functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, dropout_p=dropout, scale=scale
+        )
+    return out.transpose(1, 2)
 
 
 def by_rows(
@@ -96,7 +127,7 @@ def by_rows(
     window: int | None = None,
     softcap: float | None = None,
 ) -> torch.Tensor:
-    """Row by row through PyTorch's SDPA (its flash kernels on GPU); the reference of the blocked kernel."""
+    """Row by row through PyTorch's SDPA; the reference of the others."""
     grouped = query.shape[1] != key.shape[1]
     parts = []
     seen = [span.seen for span in pack.spans]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -103,14 +104,19 @@ def _norm(module: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
     known = type(module).__name__.endswith("RMSNorm") and eps is not None and weight is not None
     if not known or weight.requires_grad or weight.is_meta or not _ordinary(weight):
         return None
-    for factor in (weight.detach(), 1 + weight.detach().float()):
 
-        def forward(x: torch.Tensor, factor: torch.Tensor = factor) -> torch.Tensor:
-            return _RMSNorm.apply(x, factor, eps)
+    def forward(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+        return _RMSNorm.apply(x, factor, eps)
 
-        if _agree(module.forward, forward, _random(weight, 3, weight.shape[0])):
-            return forward
-    return None
+    factors = (lambda: weight.detach()), (lambda: 1 + weight.detach().float())
+
+    def which() -> int | None:
+        x = _random(weight, 3, weight.shape[0])
+        alike = (_agree(module.forward, partial(forward, factor=factor()), x) for factor in factors)
+        return next((i for i, found in enumerate(alike) if found), None)
+
+    found = _shown(module, weight, which)
+    return None if found is None else partial(forward, factor=factors[found]())
 
 
 def _glu(module: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
@@ -125,7 +131,27 @@ def _glu(module: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
     def forward(x: torch.Tensor) -> torch.Tensor:
         return module.down_proj(_SwiGLU.apply(module.gate_proj(x), module.up_proj(x)))
 
-    return forward if _agree(module.forward, forward, _random(weight, 1, 3, parts[0].in_features)) else None
+    def alike() -> bool:
+        return _agree(module.forward, forward, _random(weight, 1, 3, parts[0].in_features))
+
+    return forward if _shown(module, weight, alike) else None
+
+
+_KNOWN: dict[Any, Any] = {}
+
+
+def _shown(module: Any, weight: torch.Tensor, show: Callable[[], Any]) -> Any:
+    """Return what `show` finds of a module, once for all of its class on this device and in this precision.
+
+    Comparing every layer anew for each run would make a GPU wait some hundred times.
+    """
+    if "forward" in vars(module):
+        return show()  # a forward of its own, not its class's
+    parts = (type(part).__qualname__ for part in module.modules())
+    key = (type(module), type(module).forward, weight.dtype, weight.device, *parts)
+    if key not in _KNOWN:
+        _KNOWN[key] = show()
+    return _KNOWN[key]
 
 
 ROTARY = "apply_rotary_pos_emb"

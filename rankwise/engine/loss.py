@@ -18,6 +18,9 @@ from torch.nn import functional
 CHUNK_BYTES = 32 << 20
 """Size of a chunk's logits; larger ones leave the cache and gain nothing (LOG.md)."""
 
+CHUNK_BYTES_GPU = 256 << 20
+"""The same on a GPU, where small products cost more to start than to compute."""
+
 
 @dataclass(frozen=True)
 class Head:
@@ -77,7 +80,8 @@ class _Chunked(torch.autograd.Function):
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         correct = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
         gradient = torch.empty_like(hidden) if wanted else None
-        size = max(1, CHUNK_BYTES // (4 * head.weight.shape[0]))
+        room = CHUNK_BYTES if hidden.device.type == "cpu" else CHUNK_BYTES_GPU
+        size = max(1, room // (4 * head.weight.shape[0]))
         buffer = hidden.new_empty(min(size, len(hidden)), head.weight.shape[0])
         for start in range(0, len(hidden), size):
             part = slice(start, start + size)

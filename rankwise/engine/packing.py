@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +20,9 @@ from rankwise.data import Example
 IGNORE = -100
 SHORTEST_SHARED = 8
 """A common beginning below this many tokens is not worth its extra span."""
+
+ALIGNED = 16
+"""Numbers that a row of a mask is filled up to."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ class Pack:
     where: torch.Tensor
     targets: torch.Tensor
     rows: torch.Tensor
-    _masks: dict[tuple[int, int, int | None], torch.Tensor] = field(default_factory=dict)
+    _masks: dict[Any, torch.Tensor] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
@@ -103,6 +107,30 @@ class Pack:
             if window is not None:
                 hidden |= other <= token - window
             self._masks[key] = torch.zeros(hidden.shape, device=device).masked_fill_(hidden, float("-inf"))
+        return self._masks[key]
+
+    def mask_of_all(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
+        """Return 0 where a token sees and -inf where it does not, (N, N); made once a pack.
+
+        Rows of the tensor are aligned to `ALIGNED` numbers, else GPU kernels copy it at every call.
+        """
+        key = (window, dtype)
+        if key not in self._masks:
+            device, owner = (
+                self.ids.device,
+                np.repeat(np.arange(len(self.spans)), [s.length for s in self.spans]),
+            )
+            row = torch.from_numpy(owner).to(device)
+            position = self.positions[0]
+            sees = (
+                (row[:, None] == row[None, :]) | (row == 0) if self.shared else row[:, None] == row[None, :]
+            )
+            sees &= position[None, :] <= position[:, None]
+            if window is not None:
+                sees &= position[None, :] > position[:, None] - window
+            room = -(-self.tokens // ALIGNED) * ALIGNED
+            mask = torch.full((self.tokens, room), float("-inf"), dtype=dtype, device=device)
+            self._masks[key] = mask[:, : self.tokens].masked_fill_(sees, 0.0)
         return self._masks[key]
 
 
