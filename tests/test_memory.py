@@ -243,6 +243,19 @@ def test_a_whole_screening_speaks_before_a_verdict_that_is_not_in(tmp_path: Path
     assert learnt.index("**a-whole-one**") < learnt.index("**made-up**")
 
 
+def test_of_whole_studies_the_confirmatory_one_speaks_first(tmp_path: Path):
+    project(tmp_path, seeds=8, contrasts=["spectral"])
+    study(
+        tmp_path,
+        made_up(tmp_path / "other", seeds=6, contrasts=["spectral"], confirmatory=True),
+        "z-confirms",
+    )
+    (tmp_path / "other" / "made-up").rename(tmp_path / "results" / "z-confirms")
+    written(tmp_path)
+    learnt = part(tmp_path, "active-focus", "learnt")
+    assert learnt.index("**z-confirms**") < learnt.index("**made-up**")
+
+
 def test_failures_are_told_with_reason_and_record_and_come_first(tmp_path: Path):
     project(tmp_path, failed={"spectral": 2}, contrasts=["spectral"])
     written(tmp_path)

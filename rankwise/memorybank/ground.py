@@ -40,10 +40,13 @@ class Ground:
 
     @cached_property
     def reported(self) -> list[Case]:
-        """Those with a finished reporting run: whole ones first, of these seeds enough for verdicts."""
+        """Those with a finished reporting run: whole ones first, then seeds enough, then what confirms."""
         found = [case for case in self.begun if case.reported]
         done = {case.name: sum(row.done for row in case.arms) for case in found}
-        return sorted(found, key=lambda c: (c.state != "whole", c.screens, -done[c.name], c.name))
+        return sorted(
+            found,
+            key=lambda c: (c.state != "whole", c.screens, not c.config.confirmatory, -done[c.name], c.name),
+        )
 
     @cached_property
     def advice(self) -> dict[str, Recommendation]:

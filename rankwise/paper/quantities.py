@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -10,8 +11,9 @@ from rankwise.figuretables import cost_rows, loss_points
 from rankwise.paper.groups import difference
 from rankwise.paper.macros import Macro
 from rankwise.paper.names import macro_name
+from rankwise.paper.repeats import apart
 from rankwise.paper.studies import Told
-from rankwise.paper.typeset import ends, escaped, name, number
+from rankwise.paper.typeset import NOT_YET, ends, escaped, name, number
 from rankwise.report.opening import missing_runs
 from rankwise.report.settings import machines
 from rankwise.savings import parameters
@@ -167,10 +169,12 @@ def _told(study: Told) -> Iterator[Macro]:
 
 def _machines(studies: Sequence[Results]) -> str:
     """Return the machines, each with its share of the runs; package versions are told elsewhere."""
-    keys = ("processor", "capability", "cores", "threads")
+    keys = ("device", "processor", "capability", "cores", "threads")
     found: dict[str, int] = {}
     for runs, pairs in (one for results in studies for one in machines(results)):
         told = dict(pairs)
+        if told.get("device") == "cpu":
+            del told["device"]  # the processor's name says it
         text = ", ".join(_counted(told[key], key) for key in keys if key in told)
         found[text] = found.get(text, 0) + int(runs.split()[0].replace(",", ""))
     return escaped("; ".join(f"{count:,} runs on {text}" for text, count in found.items())) or "not recorded"
@@ -182,20 +186,35 @@ def _counted(text: str, key: str) -> str:
     return f"{text} {key[:-1] if text == '1' else key}"
 
 
+def _versions(found: Counter[str]) -> str:
+    """Return the version, or all of them with their numbers of runs."""
+    if len(found) == 1:
+        return next(iter(found))
+    return " and ".join(f"{version} ({runs:,} runs)" for version, runs in found.most_common())
+
+
 def overall_macros(studies: Sequence[Told]) -> Iterator[Macro]:
     """Yield the sums over the studies that the paper names: the prefix is `paper`."""
     with_records = [study for study in studies if study.results is not None]
     records = [r for s in with_records if s.results for r in s.results.records.values()]
-    packages: dict[str, str] = {}
+    packages: dict[str, Counter[str]] = defaultdict(Counter)
     for record in records:
-        packages.update((record.get("meta_info") or {}).get("package_info") or {})
+        for package, version in ((record.get("meta_info") or {}).get("package_info") or {}).items():
+            packages[package][str(version)] += 1
     yield Macro(macro_name("paper", "Runs"), f"{len(records):,}", "runs of all studies", "runs", ",d")
     places = _machines([study.results for study in with_records if study.results])
     yield Macro(macro_name("paper", "Machines"), places, "machines of all runs")
     hours = sum(map(_seconds, records)) / 3600
     yield Macro(macro_name("paper", "Hours"), number(hours, ".1f", "h"), "runs of all studies", "h", ".1f")
-    listed = ", ".join(f"{package} {version}" for package, version in packages.items())
+    listed = ", ".join(f"{package} {_versions(found)}" for package, found in packages.items())
     yield Macro(macro_name("paper", "Packages"), escaped(listed) or "none recorded", "packages of the runs")
+    twice = apart([study.results for study in with_records if study.results])
+    yield Macro(
+        macro_name("paper", "TwiceRuns"), f"{len(twice):,}", "runs made on two kinds of device", "runs", ",d"
+    )
+    largest = number(max(twice), ".5f") if twice else NOT_YET
+    yield Macro(macro_name("paper", "TwiceApart"), largest, "largest difference of their test losses",
+                "nats per token", ".5f")  # fmt: skip
     names = ", ".join(name(study.name) for study in with_records) or "none"
     yield Macro(macro_name("paper", "StudiesRun"), names, "studies with records")
     waiting = [study for study in studies if study.results is None]

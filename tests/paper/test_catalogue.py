@@ -14,10 +14,11 @@ import pytest
 from rankwise.contrasts import contrast_rows
 from rankwise.errors import RankwiseError
 from rankwise.paper.names import camel, looks_like_ours, macro_name
+from rankwise.paper.repeats import apart
 from rankwise.paper.typeset import chance, escaped, name, number
 from rankwise.report.opening import opening
 from rankwise.tables import arm_rows
-from tests.made_up import EVIL, TEX
+from tests.made_up import EVIL, TEX, made_up
 from tests.paper.desk import Desk, desk
 
 WORDS = re.compile(r"\b(better|worse|outperforms|significant|equivalent|differs)\b")
@@ -172,3 +173,18 @@ def test_the_budget_group_counts_common_seeds_alone(tmp_path: Path):
     means = {arm: sum(found[s] for s in range(5)) / 5 for arm, found in losses.items()}
     assert macros["madeUpBudgetRTwoLowestLoss"].body == f"{min(means.values()):.4f}"
     assert macros["madeUpBudgetRTwoLowestArm"].body == name(min(means, key=lambda arm: means[arm]))
+
+
+def test_runs_made_on_two_kinds_of_device_tell_how_far_they_lie_apart(tmp_path: Path):
+    places = [made_up(tmp_path / name, seeds=2, arms=("uniform",)) for name in ("here", "there")]
+    for results, device, moved, threads in zip(places, ("cpu", "cuda"), (0.0, 3e-5), (1, 4), strict=True):
+        for run_id, record in results.records.items():
+            run = {"role": run_id, "seed": 0, "device": device, "threads": threads, "dtype": "fp32",
+                   "train": {"learning_rates": [1e-3], "dtype": "auto" if moved else "fp32"}}  # fmt: skip
+            if run_id.endswith("1") and moved:
+                run["seed"] = 7  # other work: no pair
+            (results.store.runs / run_id / "config.json").write_text(json.dumps(run))
+            record["train_info"]["metrics"]["test_loss"] += moved
+    found = apart(places)
+    assert len(found) == 2 and found == pytest.approx([3e-5, 3e-5])
+    assert apart(places[:1]) == []
