@@ -123,7 +123,10 @@ def _series(
     ]
     if len(groups) > 1:
         lines: dict[str, Any] = {"color": GREY, "linewidth": 1.0}
-        entries += [(Line2D([], [], linestyle=dashes, **lines), group) for group, dashes in groups.items()]
+        entries += [
+            (Line2D([], [], linestyle=dashes, **lines), group or "ranks of its own")
+            for group, dashes in groups.items()
+        ]
     if banded:
         entries.append((Line2D([], [], color=GREY, linewidth=6, alpha=0.3), f"band: {band}"))
     if any(isinstance(row, RatePoint) and row.chosen for row in known):
