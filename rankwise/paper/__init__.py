@@ -9,6 +9,7 @@ groups.py      arms of one budget side by side
 verdicts.py    the words of verdicts, from the functions that the report uses
 tabulars.py    tables
 pictures.py    figures as PDF
+repeats.py     runs made on two kinds of device, and how far apart they end
 catalogue.py   all of it by name
 sources.py     what the hand-written files use, and where
 rules.py       numbers and verdicts typed by hand; names that do not exist
