@@ -130,6 +130,15 @@ class Store:
         """
         return self._part(run_id, "result.json", ("status", "train_info"))
 
+    def config(self, run_id: str) -> dict[str, Any] | None:
+        """Return a finished run's `config.json`, or None where there is none.
+
+        Raises:
+            RankwiseError: when it cannot be read.
+        """
+        there = (self.path(run_id) / "config.json").exists()
+        return self._part(run_id, "config.json", ()) if there else None
+
     def plan(self, run_id: str) -> dict[str, Any] | None:
         """Return a finished run's `plan.json`, or None where there is none (the untouched model).
 

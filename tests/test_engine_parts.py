@@ -321,6 +321,17 @@ def test_only_what_is_known_is_replaced_and_all_comes_back():
     assert not any("forward" in vars(module) for module in model.modules())
 
 
+def test_a_broken_model_does_not_slow_the_next_of_its_class(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(elementwise, "_KNOWN", {})
+    broken, sound = llama(), llama()
+    for parameter in broken.parameters():
+        parameter.fill_(float("nan"))
+    with elementwise.lean(broken) as replaced:
+        assert not any("norm" in name or "mlp" in name for name in replaced)
+    with elementwise.lean(sound) as replaced:
+        assert any("norm" in name for name in replaced) and any("mlp" in name for name in replaced)
+
+
 @pytest.mark.parametrize("family", PACKABLE)
 def test_lean_parts_give_the_models_logits(family):
     model, ids = PACKABLE[family](), torch.arange(40)[None]

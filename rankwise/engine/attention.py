@@ -86,7 +86,7 @@ def packed_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if _blocked(query, dropout, softcap):
         return _Blocked.apply(query, key, value, pack, scale, sliding_window).unsqueeze(0), None
-    if query.device.type == "cuda" and pack.tokens <= WHOLE and softcap is None:
+    if _whole(query, softcap):
         return at_once(query, key, value, pack, scale, dropout, sliding_window), None
     return by_rows(query, key, value, pack, scale, dropout, sliding_window, softcap), None
 
@@ -94,6 +94,10 @@ def packed_attention(
 def _blocked(query: torch.Tensor, dropout: float, softcap: float | None) -> bool:
     """Whether the blocked kernel takes it: it was measured faster than SDPA for fp32 on CPU (LOG.md)."""
     return query.device.type == "cpu" and query.dtype == torch.float32 and not dropout and softcap is None
+
+
+def _whole(query: torch.Tensor, softcap: float | None) -> bool:
+    return query.device.type == "cuda" and query.shape[2] <= WHOLE and softcap is None
 
 
 def at_once(

@@ -131,8 +131,8 @@ def _glu(module: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
     def forward(x: torch.Tensor) -> torch.Tensor:
         return module.down_proj(_SwiGLU.apply(module.gate_proj(x), module.up_proj(x)))
 
-    def alike() -> bool:
-        return _agree(module.forward, forward, _random(weight, 1, 3, parts[0].in_features))
+    def alike() -> bool | None:
+        return _agree(module.forward, forward, _random(weight, 1, 3, parts[0].in_features)) or None
 
     return forward if _shown(module, weight, alike) else None
 
@@ -143,15 +143,16 @@ _KNOWN: dict[Any, Any] = {}
 def _shown(module: Any, weight: torch.Tensor, show: Callable[[], Any]) -> Any:
     """Return what `show` finds of a module, once for all of its class on this device and in this precision.
 
-    Comparing every layer anew for each run would make a GPU wait some hundred times.
+    Comparing every layer anew for each run would make a GPU wait some hundred times. That nothing is found
+    (None) is not kept: the next model of the class may have sounder weights.
     """
     if "forward" in vars(module):
         return show()  # a forward of its own, not its class's
     parts = (type(part).__qualname__ for part in module.modules())
     key = (type(module), type(module).forward, weight.dtype, weight.device, *parts)
-    if key not in _KNOWN:
-        _KNOWN[key] = show()
-    return _KNOWN[key]
+    if key not in _KNOWN and (found := show()) is not None:
+        _KNOWN[key] = found
+    return _KNOWN.get(key)
 
 
 ROTARY = "apply_rotary_pos_emb"

@@ -116,20 +116,17 @@ class Pack:
         """
         key = (window, dtype)
         if key not in self._masks:
-            device, owner = (
-                self.ids.device,
-                np.repeat(np.arange(len(self.spans)), [s.length for s in self.spans]),
-            )
-            row = torch.from_numpy(owner).to(device)
+            lengths = torch.tensor([span.length for span in self.spans])
+            owner = torch.repeat_interleave(lengths).to(self.ids.device)  # 0, 0, 0, 1, 1, 2, ...
             position = self.positions[0]
-            sees = (
-                (row[:, None] == row[None, :]) | (row == 0) if self.shared else row[:, None] == row[None, :]
-            )
+            sees = owner[:, None] == owner[None, :]
+            if self.shared:
+                sees |= owner[None, :] == 0
             sees &= position[None, :] <= position[:, None]
             if window is not None:
                 sees &= position[None, :] > position[:, None] - window
             room = -(-self.tokens // ALIGNED) * ALIGNED
-            mask = torch.full((self.tokens, room), float("-inf"), dtype=dtype, device=device)
+            mask = torch.full((self.tokens, room), float("-inf"), dtype=dtype, device=self.ids.device)
             self._masks[key] = mask[:, : self.tokens].masked_fill_(sees, 0.0)
         return self._masks[key]
 

@@ -112,6 +112,14 @@ def _series(
         look = {**look, "fillstyle": fill[points[0].variant], "markerfacecoloralt": "white", **thin}
         ax.plot(x, [p.mean for p in points], linestyle=dashes, markevery=marks, label=arm, **look)
     ax.grid(axis="y")
+    _legend(known, ax, groups, every=every, band=f"band: {band}" if banded else "")
+
+
+def _legend(
+    known: Sequence[SeriesPoint], ax: Axes, groups: dict[str, Any], *, every: bool, band: str
+) -> None:
+    """Draw the key: arms, the dashes of their budgets, the band, the ring of a chosen rate."""
+    fill = fills(row.variant for row in known)
 
     def named(arm: str, row: SeriesPoint) -> str:
         return marked(arm, row.failed) if every else arm  # else each point has failures of its own
@@ -127,8 +135,8 @@ def _series(
             (Line2D([], [], linestyle=dashes, **lines), group or "ranks of its own")
             for group, dashes in groups.items()
         ]
-    if banded:
-        entries.append((Line2D([], [], color=GREY, linewidth=6, alpha=0.3), f"band: {band}"))
+    if band:
+        entries.append((Line2D([], [], color=GREY, linewidth=6, alpha=0.3), band))
     if any(isinstance(row, RatePoint) and row.chosen for row in known):
         ring = Line2D([], [], marker="o", markersize=7, color=BLACK, markerfacecolor="none", linestyle="none")
         entries.append((ring, "chosen"))

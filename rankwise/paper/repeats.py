@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from rankwise.config import digest
-from rankwise.store import read_json
 from rankwise.tables import Results
 
 ELSEWHERE = ("device", "threads", "measure")
@@ -29,11 +28,9 @@ def apart(studies: Sequence[Results]) -> list[float]:
     for results in studies:
         for run_id, record in results.records.items():
             loss = record["train_info"]["metrics"].get("test_loss")
-            path = results.store.runs / run_id / "config.json"
-            if loss is None or not path.exists():
-                continue
-            run = read_json(path, ("device", "train"), "Restore the record.")
-            losses[_work(run)][str(run["device"])] = float(loss)
+            run = results.store.config(run_id)
+            if loss is not None and run is not None:
+                losses[_work(run)][str(run["device"])] = float(loss)
     return [max(found.values()) - min(found.values()) for found in losses.values() if len(found) > 1]
 
 

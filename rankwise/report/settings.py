@@ -60,12 +60,9 @@ def resolved(results: Results) -> list[Pair]:
 
 
 def _of_runs(results: Results) -> str:
-    from rankwise.store import read_json
-
     for run_id in results.records:
-        path = results.store.path(run_id) / "config.json"
-        if path.exists():
-            return str(read_json(path, (), "").get("numerics", ""))
+        if (run := results.store.config(run_id)) is not None:
+            return str(run.get("numerics", ""))
     return ""
 
 
