@@ -183,6 +183,16 @@ def test_arms_of_equal_parameters_are_drawn_side_by_side():
     assert inside.x0 < min(places) and max(places) < inside.x1
 
 
+@pytest.mark.parametrize("budgets", [1, 2, 3, 5])
+def test_the_words_at_the_fewest_parameters_do_not_cross_the_axis(budgets: int):
+    rows = [LossPoint("spectral@r1", "spectral", 305_280, 1.99, 1.95, 2.03, True)]
+    rows += [LossPoint(f"uniform@{i}", "uniform", 305_280 * 2**i, 2 - i / 90) for i in range(budgets)]
+    figure = figures.picture(figures.loss_against_parameters, rows, width="double")
+    figure.draw_without_rendering()
+    (label,) = (text for text in figure.findobj(Text) if text.get_text() == "spectral@r1")
+    assert label.get_window_extent().x0 > figure.axes[0].get_window_extent().x0
+
+
 def test_differences_are_the_rows_and_undecided_ones_are_hollow():
     figure, rows = drawn("differences")
     for place, row in enumerate(rows[:-1]):

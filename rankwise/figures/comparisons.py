@@ -117,9 +117,9 @@ def _parameter_axis(rows: Sequence[LossPoint], ax: Axes) -> None:
     ticks = [cluster[-1].parameters for cluster in _clusters(rows)]
     ax.set_xticks([], minor=True)
     ax.set_xticks(ticks, [_count(tick) for tick in ticks])
-    # Shifted points do not widen the axes by themselves.
+    # Shifted points do not widen the axes by themselves, nor do the words left of the first group's best.
     beside = 2.0 if len(ticks) < 4 else 1.3
-    ax.set_xlim(min((row.parameters for row in rows), default=1) / beside, max(ticks, default=10) * beside)
+    ax.set_xlim(min((row.parameters for row in rows), default=1) / 2, max(ticks, default=10) * beside)
     ends = [end for row in rows for end in (row.loss, row.low, row.high) if end is not None]
     if ends:
         room = 0.1 * (max(ends) - min(ends)) or 0.05

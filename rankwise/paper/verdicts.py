@@ -15,7 +15,7 @@ from rankwise.paper.typeset import NOT_RUN, chance, escaped, name, number
 from rankwise.power import design_answers
 from rankwise.recommend import recommend
 from rankwise.report.opening import opening, state
-from rankwise.tables import Results, count_of_seeds
+from rankwise.tables import Results, arm_rows, count_of_seeds
 
 NUMBERS = (
     ("Difference", "+.4f", "nats per token", lambda row: row.paired and row.paired.mean),
@@ -81,6 +81,8 @@ def verdict_macros(study: Told) -> Iterator[Macro]:
         yield study.text(f"{NOT_RUN}." if results is None else say(results), quantity)
     body = "#1" if study.run else rf"\notrunstudy{{{name(study.name)}}}"
     yield study.text(body, "WhenRun", arguments=1)
+    reported = results is not None and any(row.done for row in arm_rows(results))
+    yield study.text("#1" if reported else "", "WhenReported", arguments=1)
     if study.config is not None:
         yield study.text(_design(study.config), "Design")
         yield from _contrasts(study, study.config)

@@ -160,6 +160,8 @@ def test_what_has_not_run_says_so_everywhere(six: Desk):
     assert offer.macros.macros["laterSeeds"].body == "8"  # the design is known
     assert offer.macros.macros["laterWhenRun"].body.startswith(r"\notrunstudy")
     assert offer.macros.macros["madeUpWhenRun"].body == "#1"
+    assert offer.macros.macros["laterWhenReported"].body == ""
+    assert offer.macros.macros["madeUpWhenReported"].body == "#1"
     for name_ in ("later-arms", "later-runs", "later-fig-losses", "confirmatory-contrasts"):
         (text,) = offer.pieces[name_].make().values()
         assert b"notrunstudy" in text
